@@ -1,0 +1,66 @@
+# Everything a checkout can do, in .venv, which the first command makes. PYTHON chooses its interpreter (3.11 or later).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Captions that the demonstration model was never trained on.
+PROMPTS := \
+	"a large blue circle left of a large red triangle on a white background" \
+	"a small green star right of a large yellow circle on a pink background" \
+	"a large cyan square above a small red square on a gray background" \
+	"a small cyan star below a small yellow square on a black background" \
+	"a large red square left of a small blue circle on a pink background" \
+	"a large purple star on a pink background"
+
+# A stamp per set of extras: $(VENV)/with-cpu,export says that `pip install -e .[cpu,export]` has been done.
+RUN := $(VENV)/with-cpu,export,rtx
+TRAIN := $(VENV)/with-distill
+TEST := $(VENV)/with-cpu,distill,export,rtx,test
+
+.PHONY: help demo test lint train distill bench evaluate clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(RUN) ## Build the demonstration bundle and make six images, out/sheet.png shows them all
+	@TIMEFORMAT='build took %R s'; \
+	time $(BIN)/glance-trt build export/shapes.yaml -o out/shapes.bundle
+	@TIMEFORMAT='generate took %R s'; \
+	time $(BIN)/glance-trt generate out/shapes.bundle $(PROMPTS) --target cpu -o out --sheet out/sheet.png --overwrite
+	@echo 'The images are in out/, all of them on one sheet in out/sheet.png.'
+
+test: lint ## Lint, check types, and run every test
+	@$(BIN)/pytest
+
+lint: $(TEST) ## Lint and check types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+train: $(TRAIN) ## Train the demonstration model from nothing (hours; goes on where it stopped)
+	$(BIN)/python examples/shapes/train_teacher.py
+
+distill: $(TRAIN) ## Train the demonstration model's two phase experts
+	$(BIN)/glance-trt distill export/shapes.yaml
+
+bench: $(TEST) ## Run every benchmark
+	@for script in bench/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+evaluate: $(TEST) ## Measure how well the demonstration model's scoring reads images
+	$(BIN)/python examples/shapes/score.py
+
+clean: ## Remove outputs and caches, but not .venv
+	rm -rf out dist build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/with-%: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$*]' -c constraints.txt
+	@touch '$@'

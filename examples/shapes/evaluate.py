@@ -1,0 +1,85 @@
+"""Prompt accuracy of the demonstration model: the teacher at 50 steps, Glance at 10, and the base at the same 10.
+
+    python examples/shapes/evaluate.py            # 500 held-out captions, three seeds: a quarter of an hour on two cores
+
+Images come from the same engines as in deployment, and `score.py` reads them. Prints a Markdown table and writes the
+figures to figures.json; intervals are 95 %, over captions (the seeds of a caption are averaged first).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from data import Scene, held_out_scenes
+from score import ATTRIBUTES, score
+from tqdm import tqdm
+
+from glance_trt import Pipeline
+from glance_trt.build import build
+
+HERE = Path(__file__).parent
+ARMS = {
+    "teacher, 50 steps": HERE / "recipes/teacher.yaml",
+    "Glance, 10 steps": HERE.parent.parent / "export/shapes.yaml",
+    "base, the same 10 steps": HERE / "recipes/base10.yaml",
+}
+
+
+def bundle_of(recipe: Path, folder: Path) -> Path:
+    """The CPU bundle of a recipe, built if it is not there as the recipe makes it."""
+    bundle = folder / f"{recipe.stem}.bundle"
+    build(str(recipe), bundle, engines=["cpu"], overwrite=True)
+    return bundle
+
+
+def measure(bundle: Path, scenes: list[Scene], seeds: list[int], label: str) -> list[list[dict[str, bool]]]:
+    """The scorer's marks, per scene and seed."""
+    marks: list[list[dict[str, bool]]] = []
+    with Pipeline.open(bundle, "cpu") as pipeline:
+        for i, scene in enumerate(tqdm(scenes, desc=label, disable=not sys.stderr.isatty())):
+            row = []
+            for seed in seeds:
+                # Another noise for each caption: 500 captions on one noise would be 500 views of one accident.
+                image = pipeline.generate(scene.caption, seed=1000 * seed + i)[0]
+                row.append(score(np.asarray(image), scene))
+            marks.append(row)
+    return marks
+
+
+def summary(marks: list[list[dict[str, bool]]], name: str) -> tuple[float, float]:
+    """Mean of an attribute and half of its 95 % interval, both in 0..1."""
+    means = np.array([np.mean([m[name] for m in row]) for row in marks if name in row[0]])
+    return float(means.mean()), float(1.96 * means.std(ddof=1) / np.sqrt(len(means)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--captions", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--bundles", type=Path, default=Path("out/evaluate"), help="where the bundles are built")
+    parser.add_argument("--output", type=Path, default=HERE / "figures.json")
+    arguments = parser.parse_args()
+    arguments.bundles.mkdir(parents=True, exist_ok=True)
+    scenes = held_out_scenes(arguments.captions)
+    names = ("all", *ATTRIBUTES)
+    figures = {}
+    print("| model | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
+    for label, recipe in ARMS.items():
+        start = time.perf_counter()
+        marks = measure(bundle_of(recipe, arguments.bundles), scenes, arguments.seeds, label)
+        results = {name: summary(marks, name) for name in names}
+        cells = " | ".join(f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in results.values())
+        print(f"| {label} | {cells} |", flush=True)
+        figures[label] = {name: {"mean": mean, "half_interval": half} for name, (mean, half) in results.items()}
+        figures[label]["seconds"] = {"total": time.perf_counter() - start}
+    settings = {"captions": arguments.captions, "seeds": arguments.seeds}
+    arguments.output.write_text(json.dumps(settings | {"figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

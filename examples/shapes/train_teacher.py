@@ -1,0 +1,383 @@
+"""Trains the demonstration model: a text-to-image latent diffusion model in the Stable Diffusion layout.
+
+    python examples/shapes/train_teacher.py            # everything, resuming where it stopped
+    python examples/shapes/train_teacher.py vae        # one stage: tokenizer, vae, text, unet or decoder
+
+The stages run in order and each writes its component into the model folder in float16, so that
+``StableDiffusionPipeline.from_pretrained`` loads it; checkpoints (float32, with optimizer and random state) go to the
+work folder, and a stage that is started again goes on from its last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data import BACKGROUNDS, COLOURS, RADII, SHAPES, SIDE, Scene, all_scenes, render, sample_scene
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+HERE = Path(__file__).parent
+MAX_TOKENS = 32
+POOL = 60_000
+"""Rendered training images, encoded once before the denoiser is trained."""
+
+
+# --- training loop -----------------------------------------------------------------------------------------------
+
+
+def fit(
+    name: str,
+    module: nn.Module,
+    loss_of: Callable[[nn.Module, torch.Generator], Tensor],
+    *,
+    work: Path,
+    steps: int,
+    learning_rate: float,
+    ema_decay: float = 0.999,
+) -> nn.Module:
+    """Train `module` in place and return its exponential moving average.
+
+    The learning rate warms up over 200 steps, stays, and falls linearly to zero over the last quarter, so that a run
+    can be lengthened after a resume. Checkpoints every two minutes; the loss goes to ``<work>/<name>.csv``.
+    """
+    module.train().to(memory_format=torch.channels_last)
+    average = copy.deepcopy(module)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    generator = torch.Generator().manual_seed(0)
+    path, start = work / f"{name}.pt", 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        start = state["step"]
+
+    def save(step: int) -> None:
+        state = {"module": module.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(state | {"generator": generator.get_state(), "step": step}, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    saved, recent = time.monotonic(), 0.0
+    with open(work / f"{name}.csv", "a") as log, tqdm(total=steps, initial=start, desc=name, mininterval=10) as bar:
+        for step in range(start, steps):
+            scale = min(1.0, (step + 1) / 200, (steps - step) / (steps / 4))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * scale
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(module, generator)
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            decay = min(ema_decay, (step + 1) / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
+            recent += loss.item()
+            bar.update()
+            if (step + 1) % 50 == 0:
+                log.write(f"{step + 1},{recent / 50:.5f}\n")
+                log.flush()
+                bar.set_postfix(loss=f"{recent / 50:.4f}", refresh=False)
+                recent = 0.0
+            if time.monotonic() - saved > 120:
+                save(step + 1)
+                saved = time.monotonic()
+    if steps > start:
+        save(steps)
+    return average.eval()
+
+
+# --- stages ------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(model: Path, work: Path, steps: int) -> None:
+    """CLIP's byte-pair encoding, with the merges of the captions' own words; anything else falls apart into letters."""
+    from tokenizers import pre_tokenizers
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer = CLIPTokenizer(model_max_length=MAX_TOKENS)
+    specials = ["<|startoftext|>", "<|endoftext|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(
+        vocab_size=800, special_tokens=specials, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    backend = tokenizer.backend_tokenizer
+    # Each letter also as the end of a word: without it an unknown word could not be spelled at all.
+    letters = sorted(alphabet) * 2
+    backend.train_from_iterator([*(scene.caption for scene in all_scenes()[::7]), *letters], trainer)
+    trained = json.loads(backend.to_str())["model"]
+    for letter in sorted(alphabet):
+        trained["vocab"].setdefault(letter + "</w>", len(trained["vocab"]))
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in trained["merges"]]
+    result = CLIPTokenizer(vocab=trained["vocab"], merges=merges, model_max_length=MAX_TOKENS)
+    result.save_pretrained(model / "tokenizer")
+    # The two files by which CLIP tokenizers were always stored, for readers that know no tokenizer.json.
+    (model / "tokenizer/vocab.json").write_text(json.dumps(trained["vocab"], ensure_ascii=False))
+    (model / "tokenizer/merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+
+
+def _images(count: int, generator: torch.Generator) -> Tensor:
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    images = np.stack([render(sample_scene(rng), rng) for _ in range(count)])
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Squared and absolute error, five times as heavy on the objects: they cover a tenth of the image, and unweighted
+    the model is content with backgrounds for a long time."""
+    background = target[:, :, :1, :1]
+    weight = 1 + 4 * ((target - background).abs().sum(dim=1, keepdim=True) > 0.1).float()
+    difference = output.float() - target
+    return (weight * (difference.square() + 0.2 * difference.abs())).mean()
+
+
+def _new_vae() -> AutoencoderKL:
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=SIDE,
+        mid_block_add_attention=False,
+    )
+    # Residual branches start at zero: colours pass through the skips before any normalisation can wash them out.
+    for name, parameter in vae.named_parameters():
+        if name.endswith("conv2.weight"):
+            nn.init.zeros_(parameter)
+    return vae
+
+
+def train_vae(model: Path, work: Path, steps: int) -> None:
+    """Encoder and decoder together; the scaling factor makes the latents' standard deviation 1."""
+
+    def loss_of(vae: nn.Module, generator: torch.Generator) -> Tensor:
+        images = _images(16, generator)
+        posterior = vae.encode(images).latent_dist
+        sample = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
+        loss = _reconstruction_loss(vae.decode(sample).sample, images)
+        return loss + 1e-6 * posterior.kl().mean()
+
+    torch.manual_seed(1)
+    vae = fit("vae", _new_vae(), loss_of, work=work, steps=steps, learning_rate=1e-3, ema_decay=0.995)
+    with torch.no_grad():
+        latents = vae.encode(_images(256, torch.Generator().manual_seed(1))).latent_dist.mean
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    vae.to(torch.float16).save_pretrained(model / "vae")
+    (work / "pool.pt").unlink(missing_ok=True)
+
+
+def train_decoder(model: Path, work: Path, steps: int) -> None:
+    """The decoder alone, longer, on slightly noised latents: the denoiser's output is never exact. Latents stay."""
+    vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32)
+    encoder = copy.deepcopy(vae.encoder), copy.deepcopy(vae.quant_conv)
+    noise_level = 0.08 / vae.config.scaling_factor
+
+    def loss_of(decoder: nn.Module, generator: torch.Generator) -> Tensor:
+        images = _images(16, generator)
+        with torch.no_grad():
+            mean = encoder[1](encoder[0](images)).chunk(2, dim=1)[0]
+        level = noise_level * torch.rand(mean.shape[0], 1, 1, 1, generator=generator)
+        noisy = mean + level * torch.randn(mean.shape, generator=generator)
+        return _reconstruction_loss(decoder["decoder"](decoder["post"](noisy)), images)
+
+    module = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv})
+    trained = fit("decoder", module, loss_of, work=work, steps=steps, learning_rate=1e-3, ema_decay=0.998)
+    vae.decoder, vae.post_quant_conv = trained["decoder"], trained["post"]
+    vae.to(torch.float16).save_pretrained(model / "vae")
+
+
+def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    return tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+_SLOTS = ("only", "left", "right", "top", "bottom")
+
+
+def _layout(scene: Scene) -> list[int]:
+    """The scene as class indices: the background, then size, colour and shape of the object in each slot (0: none)."""
+    slots = {"only": scene.first}
+    if scene.second is not None:
+        ends = {"left of": ("left", "right"), "right of": ("right", "left"), "above": ("top", "bottom")}
+        slots = dict(zip(ends.get(str(scene.relation), ("bottom", "top")), (scene.first, scene.second), strict=True))
+    classes = [list(BACKGROUNDS).index(scene.background)]
+    for slot in _SLOTS:
+        thing = slots.get(slot)
+        words = ((RADII, "size"), (COLOURS, "colour"), (SHAPES, "shape"))
+        classes += [1 + list(names).index(getattr(thing, field)) if thing else 0 for names, field in words]
+    return classes
+
+
+def train_text(model: Path, work: Path, steps: int) -> None:
+    """The text encoder, by reading the layout off the embedding that follows a caption's last word."""
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    scenes = [scene for scene in all_scenes() if not scene.held_out]
+    tokens = _tokens(tokenizer, [scene.caption for scene in scenes])
+    targets = torch.tensor([_layout(scene) for scene in scenes])
+    sizes = [len(BACKGROUNDS), *[1 + len(RADII), 1 + len(COLOURS), 1 + len(SHAPES)] * len(_SLOTS)]
+    ends = (tokens == tokenizer.eos_token_id).int().argmax(dim=1)
+
+    def loss_of(reader: nn.Module, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(scenes), (128,), generator=generator)
+        hidden = reader["encoder"](tokens[index]).last_hidden_state
+        logits = reader["heads"](hidden[torch.arange(128), ends[index]]).float().split(sizes, dim=1)
+        return sum(F.cross_entropy(part, targets[index, i]) for i, part in enumerate(logits))
+
+    module = nn.ModuleDict({"encoder": CLIPTextModel(config), "heads": nn.Linear(128, sum(sizes))})
+    trained = fit("text", module, loss_of, work=work, steps=steps, learning_rate=1e-3, ema_decay=0.99)
+    trained["encoder"].to(torch.float16).save_pretrained(model / "text_encoder")
+
+
+def _scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # without effect on trailing timesteps; StableDiffusionPipeline insists on it
+    )
+
+
+def _batches(vae: AutoencoderKL, count: int, seed: int) -> Iterator[tuple[Tensor, list[str]]]:
+    rng = np.random.default_rng(seed)
+    for _ in tqdm(range(count // 100), desc="pool", mininterval=10):
+        scenes = [sample_scene(rng) for _ in range(100)]
+        images = torch.from_numpy(np.stack([render(scene, rng) for scene in scenes]))
+        images = (images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(images).latent_dist.mean.float()
+        yield (latents * vae.config.scaling_factor).half(), [scene.caption for scene in scenes]
+
+
+def _pool(model: Path, work: Path, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
+    """Latents [POOL, 8, 16, 16] float16 and tokens [POOL, 32] of rendered training scenes."""
+    path = work / "pool.pt"
+    if not path.exists():
+        vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).to(memory_format=torch.channels_last)
+        parts = [(latents, _tokens(tokenizer, captions)) for latents, captions in _batches(vae, POOL, 3)]
+        torch.save([torch.cat(column) for column in zip(*parts, strict=True)], path)
+    latents, tokens = torch.load(path, weights_only=True)
+    return latents, tokens
+
+
+class _Denoiser(nn.Module):
+    """Text encoder and UNet, trained together."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        return self.unet(noisy, timesteps, self.text_encoder(tokens).last_hidden_state, return_dict=False)[0]
+
+
+def train_unet(model: Path, work: Path, steps: int) -> None:
+    """The denoiser, v-prediction with a terminal SNR of zero; one caption in ten is left empty, for guidance."""
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    latents, tokens = _pool(model, work, tokenizer)
+    empty = _tokens(tokenizer, [""])
+    scheduler = _scheduler()
+    torch.manual_seed(4)
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 4,
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(64, 128, 160),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # the number of heads, despite its name
+    )
+    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
+
+    def loss_of(denoiser: nn.Module, generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(latents), (48,), generator=generator)
+        clean = latents[index].float().contiguous(memory_format=torch.channels_last)
+        words = torch.where(torch.rand(48, 1, generator=generator) < 0.1, empty, tokens[index])
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(1000, (48,), generator=generator)
+        predicted = denoiser(scheduler.add_noise(clean, noise, timesteps), timesteps, words)
+        return F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, timesteps))
+
+    denoiser = fit("unet", _Denoiser(text_encoder, unet), loss_of, work=work, steps=steps, learning_rate=1e-3)
+    denoiser.to(torch.float16)
+    denoiser.unet.save_pretrained(model / "unet")
+    denoiser.text_encoder.save_pretrained(model / "text_encoder")
+    _save_pipeline(model)
+
+
+def _save_pipeline(model: Path) -> None:
+    """Write model_index.json and the scheduler's config beside the components."""
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float16),
+        text_encoder=CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float16),
+        tokenizer=CLIPTokenizer.from_pretrained(model / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float16),
+        scheduler=_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.scheduler.save_pretrained(model / "scheduler")
+    pipeline.save_config(model)
+
+
+STAGES = {
+    "tokenizer": (train_tokenizer, 1),
+    "vae": (train_vae, 1300),
+    "text": (train_text, 1500),
+    "unet": (train_unet, 6000),
+    "decoder": (train_decoder, 2500),
+}
+"""Per stage: its function and its number of optimizer steps."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", choices=[*STAGES], help="default: all, in order")
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="where the finished components go")
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="where checkpoints, pool and loss logs go")
+    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the stage's own number")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    arguments.model.mkdir(parents=True, exist_ok=True)
+    for name in arguments.stages or STAGES:
+        train, steps = STAGES[name]
+        train(arguments.model, arguments.work, arguments.steps or steps)
+
+
+if __name__ == "__main__":
+    main()

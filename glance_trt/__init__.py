@@ -1,0 +1,56 @@
+"""glance-trt: few-step diffusion with phase experts, in production.
+
+The public API is `Pipeline`, `Bundle` and the errors. Importing this package costs no more than the standard library:
+numpy is loaded with the first name that needs it, and nothing here ever needs PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from glance_trt.errors import (
+    BundleError,
+    GlanceError,
+    InputError,
+    LoraError,
+    ModelError,
+    OutputError,
+    ParityError,
+    RecipeError,
+    TargetError,
+    TrainingError,
+)
+
+if TYPE_CHECKING:
+    from glance_trt.bundle import Bundle
+    from glance_trt.runtime.pipeline import Pipeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "GlanceError",
+    "InputError",
+    "LoraError",
+    "ModelError",
+    "OutputError",
+    "ParityError",
+    "Pipeline",
+    "RecipeError",
+    "TargetError",
+    "TrainingError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Bundle":
+        from glance_trt.bundle import Bundle
+
+        return Bundle
+    if name == "Pipeline":
+        from glance_trt.runtime.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module 'glance_trt' has no attribute {name!r}")

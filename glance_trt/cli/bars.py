@@ -1,0 +1,48 @@
+"""Progress bars on stderr: only on a terminal, and only for stages that take longer than two seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from glance_trt.progress import Progress
+
+_DELAY = 2.0  # seconds
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Progress]:
+    """A `Progress` that draws one bar at a time, and cleans up behind itself."""
+    from tqdm import tqdm
+
+    current: dict[str, tqdm[None]] = {}
+
+    def report(stage: str, done: float, total: float) -> None:
+        bar = current.get(stage)
+        if bar is None:
+            close()
+            large = total > 1 << 20  # a count of bytes
+            bar = current[stage] = tqdm(
+                desc=stage,
+                total=total,
+                delay=_DELAY,
+                file=sys.stderr,
+                disable=not sys.stderr.isatty(),
+                leave=False,
+                unit="B" if large else "",
+                unit_scale=large,
+                bar_format="{l_bar}{bar}| {elapsed}<{remaining}" if total <= 1 else None,
+            )
+        bar.update(done - bar.n)
+        if done >= total:
+            close()
+
+    def close() -> None:
+        while current:
+            current.popitem()[1].close()
+
+    try:
+        yield report
+    finally:
+        close()

@@ -1,0 +1,37 @@
+"""``glance-trt build``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from glance_trt.cli.bars import bars
+
+
+@click.command("build")
+@click.argument("recipe")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the bundle goes.")
+@click.option("--engine", "engines", multiple=True, metavar="TARGET", help="Build for this target; repeatable. Default: the recipe's.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that differs.")
+def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool) -> None:
+    """Build a bundle: fuse the LoRAs, export the graphs, compile engines, compare with PyTorch.
+
+    RECIPE is a YAML file, or the name of a shipped recipe. A build that was interrupted goes on where it stopped.
+
+    \b
+    Example: glance-trt build export/shapes.yaml -o out/shapes.bundle --engine cpu
+    """
+    from glance_trt.build import build
+
+    with bars() as progress:
+        report = build(recipe, output, engines=engines, overwrite=overwrite, progress=progress)
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    if report.unchanged:
+        click.echo(f"{output} is up to date", err=True)
+    for stage, seconds in report.seconds.items():
+        click.echo(f"{stage:<20} {seconds:7.1f} s", err=True)
+    for item in report.parity:
+        click.echo(f"parity {item.graph:<16} {item.error:.1e} (at most {item.tolerance:g})", err=True)
+    click.echo(output)

@@ -1,0 +1,41 @@
+"""``glance-trt distill``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from glance_trt.cli.bars import bars
+
+
+@click.command("distill")
+@click.argument("recipe")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the LoRAs. Default: the files that the recipe's phases name.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for checkpoints and loss logs. Default: .distill beside the recipe.")
+@click.option("--device", help="PyTorch device. Default: cuda if there is one, else cpu.")
+@click.option("--overwrite", is_flag=True, help="Train again where a LoRA file exists.")
+def command(recipe: str, output: Path | None, work: Path | None, device: str | None, overwrite: bool) -> None:
+    """Train one LoRA per phase, from one image-caption pair.
+
+    RECIPE is a YAML file, or the name of a shipped recipe. An interrupted run goes on from its last checkpoint.
+
+    \b
+    Example: glance-trt distill export/shapes.yaml
+    """
+    from glance_trt import recipe as recipes
+    from glance_trt.distill.experts import train
+
+    plan, folder = recipes.load(recipe)
+    with bars() as progress:
+        files = train(
+            plan,
+            folder,
+            work=work or folder / ".distill" / plan.name,
+            out=output,
+            overwrite=overwrite,
+            device=device,
+            progress=progress,
+        )
+    for file in files:
+        click.echo(file)

@@ -1,0 +1,132 @@
+"""``glance-trt generate``"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from glance_trt import __version__
+from glance_trt.cli.bars import bars
+from glance_trt.errors import InputError, OutputError
+
+
+@click.command("generate")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
+@click.option("-n", "--count", default=1, show_default=True, help="Images per prompt; image i uses seed + i.")
+@click.option("--seed", type=int, help="Seed of each prompt's first image. Default: random; it is printed.")
+@click.option("--negative-prompt", help="What the images should not show. Default: the bundle's.")
+@click.option("--guidance", type=float, help="Guidance scale. Default: the bundle's.")
+@click.option("--schedule", help="One of the bundle's schedules. Default: its first.")
+@click.option("--target", help="One of the bundle's targets. Default: the first that runs here.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: one per core.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Images denoised at once.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="A folder, or a .png file for one image. Default: here.")
+@click.option("--sheet", type=click.Path(path_type=Path), help="Also write all images on one contact sheet.")
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON record per image instead of its path.")
+def command(
+    bundle: Path,
+    prompts: tuple[str, ...],
+    count: int,
+    seed: int | None,
+    negative_prompt: str | None,
+    guidance: float | None,
+    schedule: str | None,
+    target: str | None,
+    threads: int | None,
+    batch_size: int,
+    output: Path,
+    sheet: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Generate images from a bundle. Prints the file of each image; the PNGs carry prompt, seed and settings.
+
+    \b
+    Example: glance-trt generate out/shapes.bundle "a large red circle on a white background" -n 4 --seed 7 -o out
+    """
+    from glance_trt.runtime.images import GenerationParameters, contact_sheet, save_png
+    from glance_trt.runtime.pipeline import Pipeline
+
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "big")
+    if count < 1:
+        raise InputError(f"--count: expected at least 1, got {count}")
+    files = _file_names(output, prompts, count, seed)
+    for file in [*files, *([sheet] if sheet else [])]:
+        if file.exists() and not overwrite:
+            raise OutputError(f"{file} exists; give --overwrite or another -o")
+    for folder in {file.parent for file in [*files, *([sheet] if sheet else [])]}:
+        _make_folder(folder)
+    click.echo(f"seed {seed}", err=True)
+    images = []
+    with Pipeline.open(bundle, target, threads=threads) as pipeline, bars() as progress:
+        manifest = pipeline.bundle.manifest
+        steps = len(manifest.schedule(schedule).steps) if schedule in (None, *manifest.schedules) else 0
+        progress("generate", 0, len(files))
+        for i, prompt in enumerate(prompts):
+            made = pipeline.generate(
+                prompt,
+                seed=seed,
+                count=count,
+                negative_prompt=negative_prompt,
+                guidance_scale=guidance,
+                schedule=schedule,
+                batch_size=batch_size,
+            )
+            for j, image in enumerate(made):
+                parameters = GenerationParameters(
+                    prompt=prompt,
+                    negative_prompt=manifest.guidance.negative_prompt if negative_prompt is None else negative_prompt,
+                    seed=seed + j,
+                    steps=steps,
+                    guidance_scale=manifest.guidance.scale if guidance is None else guidance,
+                    schedule=schedule or next(iter(manifest.schedules)),
+                    target=pipeline.target,
+                    width=image.width,
+                    height=image.height,
+                    bundle=manifest.name,
+                    bundle_sha256=pipeline.bundle.sha256,
+                    version=__version__,
+                )
+                file = files[i * count + j]
+                save_png(file, image, parameters, overwrite=overwrite)
+                record = {"file": str(file), "prompt": prompt, "seed": seed + j}
+                click.echo(json.dumps(record, ensure_ascii=False) if as_json else file)
+            images += made
+            progress("generate", len(images), len(files))
+    if sheet:
+        _save_sheet(contact_sheet(images, columns=max(count, 3)), sheet)
+
+
+def _file_names(output: Path, prompts: Sequence[str], count: int, seed: int) -> list[Path]:
+    if output.suffix.lower() == ".png":
+        if len(prompts) * count != 1:
+            raise InputError(f"-o {output}: one file for {len(prompts) * count} images; give a folder")
+        return [output]
+    names = []
+    for i, prompt in enumerate(prompts, start=1):
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "image"
+        number = f"{i:02d}-" if len(prompts) > 1 else ""
+        names += [output / f"{number}{words}-{seed + j}.png" for j in range(count)]
+    return names
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}") from None
+
+
+def _save_sheet(image, sheet: Path) -> None:  # type: ignore[no-untyped-def]
+    try:
+        image.save(sheet)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{sheet}: {error}") from None

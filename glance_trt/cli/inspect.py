@@ -1,0 +1,66 @@
+"""``glance-trt inspect``"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from glance_trt import strict
+from glance_trt.bundle import Bundle, Manifest
+
+
+@click.command("inspect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(bundle: Path, as_json: bool) -> None:
+    """Show what is in a bundle: where it comes from, its schedules as tables, graphs, engines and files.
+
+    \b
+    Example: glance-trt inspect out/shapes.bundle
+    """
+    opened = Bundle.open(bundle)
+    if as_json:
+        click.echo(json.dumps(strict.write(opened.manifest), indent=1, ensure_ascii=False))
+        return
+    for line in describe(opened.manifest):
+        click.echo(line)
+
+
+def describe(manifest: Manifest) -> list[str]:
+    """The manifest for people, line by line."""
+    image, source = manifest.image, manifest.provenance
+    lines = [
+        f"{manifest.name}  ({manifest.family}, format {manifest.format})",
+        f"  base model   {source.model}",
+    ]
+    for lora in source.loras:
+        alpha = "no alpha in the file" if lora.alpha is None else f"alpha {lora.alpha:g}"
+        lines.append(f"  {lora.phase:<12} {lora.file}, scale {lora.scale:g} ({alpha})")
+    lines.append(f"  images       {image.width} x {image.height}, latents {' x '.join(map(str, image.latent_shape))}")
+    guided = {name: graph.guidance for name, graph in manifest.graphs.items() if name.startswith("denoiser.")}
+    modes = ", ".join(sorted(set(guided.values())))
+    lines.append(f"  guidance     {modes}, scale {manifest.guidance.scale:g} by default")
+    for name, schedule in manifest.schedules.items():
+        lines.append(f"schedule {name}: {len(schedule.steps)} steps, initial noise x {schedule.initial_noise_scale:g}")
+        lines.append(f"  {'step':>4} {'phase':<8} {'timestep':>9}" + "".join(f"{c:>10}" for c in schedule.coefficients))
+        for i, step in enumerate(schedule.steps, start=1):
+            numbers = "".join(f"{value:10.5f}" for value in step.coefficients)
+            lines.append(f"  {i:>4} {step.phase:<8} {step.timestep:9.3f}{numbers}")
+    sizes = {name: entry.size for name, entry in manifest.files.items()}
+    lines.append("graphs")
+    for name, graph in manifest.graphs.items():
+        lines.append(f"  {name:<16} {', '.join(graph.files)}; weights {', '.join(graph.weights)}")
+    for name, engines in manifest.engines.items():
+        needs = ", ".join(f"{key} {value}" for key, value in engines.requires.items())
+        files = {file for engine in engines.graphs.values() for file in (engine.file, *engine.weights)}
+        total = sum(sizes[file] for file in files)
+        lines.append(f"engines {name}: {engines.backend}, {engines.dtype}, {_size(total)}; needs {needs}")
+    lines.append(f"files: {len(sizes)}, {_size(sum(sizes.values()))}")
+    lines += [f"  {_size(size):>9}  {name}" for name, size in sizes.items()]
+    return lines
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,62 @@
+"""The command group, and how errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+
+import click
+
+from glance_trt import __version__
+from glance_trt.errors import GlanceError
+
+_COMMANDS = ("distill", "build", "generate", "inspect", "verify", "bench", "doctor")
+
+
+class _Commands(click.Group):
+    """Loads a command's module when the command is asked for, so that none pays for another's imports."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"glance_trt.cli.{name}").command
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="glance-trt")
+def commands() -> None:
+    """Few-step diffusion with phase experts: train them, build engines, and run them without PyTorch.
+
+    Results go to stdout, everything else to stderr.
+    """
+
+
+def main() -> None:
+    """Run the command line; never returns. Exit codes: README, "Exit codes"."""
+    warnings.showwarning = _show_warning
+    try:
+        code = commands(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except GlanceError as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        code = 130
+    except BrokenPipeError:  # the reader of stdout, such as `head`, has left
+        sys.stderr.close()
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
+    """This package's own warnings, in one line; those of libraries are not for the user."""
+    if category.__module__.startswith("glance_trt."):
+        click.echo(f"warning: {message}", err=True)

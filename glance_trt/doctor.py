@@ -1,0 +1,70 @@
+"""What this machine can build and run, and why not."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+
+from glance_trt import __version__, recipe
+from glance_trt.build import unavailable
+from glance_trt.engines import targets
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at, whether it is as it should be, and what to know or do."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+_EXTRAS = {
+    "export": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
+    "distill": ("torch", "diffusers", "transformers", "peft", "accelerate"),
+}
+
+
+def examine() -> list[Finding]:
+    """Look at Python, the extras, ONNX Runtime, and every shipped target."""
+    findings = [Finding("glance-trt", True, f"{__version__}, Python {platform.python_version()}, {platform.machine()}")]
+    findings += [_extra(name, modules) for name, modules in _EXTRAS.items()]
+    findings.append(_onnxruntime())
+    for name in recipe.shipped_files("target"):
+        reason = unavailable(targets.load(name))
+        findings.append(Finding(f"build for {name}", reason is None, reason or "yes"))
+    return findings
+
+
+def _extra(name: str, modules: tuple[str, ...]) -> Finding:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    detail = f"missing: {', '.join(missing)}; pip install glance-trt[{name}]" if missing else "installed"
+    return Finding(f"extra {name}", not missing, detail)
+
+
+def _onnxruntime() -> Finding:
+    found = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
+    installed = {name: version for name, version in found.items() if version}
+    if len(installed) == 2:
+        return Finding(
+            "ONNX Runtime",
+            False,
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; uninstall both, then "
+            "pip install one of glance-trt[cpu], glance-trt[gpu]",
+        )
+    if not installed:
+        return Finding("ONNX Runtime", False, "missing; pip install glance-trt[cpu]")
+    import onnxruntime
+
+    name, version = next(iter(installed.items()))
+    providers = ", ".join(onnxruntime.get_available_providers())
+    return Finding("ONNX Runtime", True, f"{name} {version}: {providers}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

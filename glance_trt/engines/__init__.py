@@ -1,0 +1,1 @@
+"""From portable graphs to the engines of a target."""

@@ -1,0 +1,60 @@
+"""One adapter per model family: all that glance-trt knows of a family is in that one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from glance_trt.bundle import Image
+from glance_trt.errors import ModelError
+from glance_trt.export.trace import Source
+from glance_trt.recipe import Recipe
+
+
+class Family(Protocol):
+    """What the export asks of a family's adapter."""
+
+    name: str
+    components: dict[str, str]
+    """The model's folder from which each graph takes its weights: ``denoiser``, ``text_encoder``, ``decoder``."""
+
+    def sources(self) -> dict[str, Source]:
+        """The graphs to trace, by the same names; the denoiser's is one whole sampling step."""
+
+    def weight_name(self, name: str) -> str:
+        """The name that a parameter of the traced module may have in older weights files."""
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The model's scheduler configuration, with the recipe's choice of class."""
+
+    def image(self) -> Image:
+        """The recipe's image size, checked. Raises `RecipeError`."""
+
+    def tokenizers(self) -> dict[str, tuple[str, int, int]]:
+        """By the text encoder's input: tokenizer.json's text, the maximum length, the padding token."""
+
+
+def open_model(model: Path, recipe: Recipe) -> Family:
+    """The adapter for a model folder in diffusers' layout. Raises `ModelError` where it is none, or unsupported."""
+    from glance_trt.export.families.stable_diffusion import StableDiffusion
+
+    supported = {"StableDiffusionPipeline": StableDiffusion}
+    found = read_json(model / "model_index.json", f"{model}: not a diffusers pipeline folder, it has no model_index.json")
+    name = found.get("_class_name")
+    if name not in supported:
+        raise ModelError(f"{model}: {name} is not supported; supported pipelines: {', '.join(supported)}")
+    return supported[name](model, recipe)
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON object; raises `ModelError` with `missing` if there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(missing) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,144 @@
+"""Parity: does a graph or an engine compute what PyTorch computes?
+
+The reference is the model as diffusers loads it. LoRAs stay unfused there: they are applied to the activations by
+hooks, ``W x + scale * B (A x)``, so that the comparison covers fusing too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
+
+from glance_trt.errors import ParityError
+from glance_trt.export.families import Family
+from glance_trt.export.lora import Lora
+from glance_trt.export.trace import Source
+from glance_trt.export.weights import component_tensors
+from glance_trt.progress import Progress, silent
+from glance_trt.runtime.runners import Runner
+
+TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
+"""Largest accepted error by the graph's compute dtype, relative to the reference's largest value."""
+
+_PIXEL_TOLERANCE = {"float32": 1, "float16": 4, "bfloat16": 16}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The largest difference of one graph from PyTorch: relative to the reference's largest value, or in pixel values
+    of 0..255 for the decoder."""
+
+    graph: str
+    error: float
+    tolerance: float
+
+
+class Reference:
+    """The PyTorch modules of a model, in float32, loaded one at a time."""
+
+    def __init__(self, family: Family, model: Path, loras: Mapping[str, Lora | None]) -> None:
+        self._family, self._model, self._loras = family, model, loras
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """What `graph` should put out for `inputs`."""
+        kind, _, phase = graph.partition(".")
+        source = self._family.sources()[kind]
+        module = self._load(kind, source)
+        lora = self._loras[phase] if phase else None
+        with torch.no_grad(), _unfused(module, lora, source.prefix):
+            values = [torch.from_numpy(np.asarray(inputs[port.name])) for port in source.inputs]
+            return module(*values).numpy()  # type: ignore[no-any-return]
+
+    def _load(self, kind: str, source: Source) -> nn.Module:
+        module = source.build().float().eval()
+        tensors = component_tensors(self._model / self._family.components[kind])
+        state = {}
+        for name in module.state_dict():
+            weight = name.removeprefix(source.prefix)
+            state[name] = (tensors.get(weight) or tensors[self._family.weight_name(weight)]).read().float()
+        module.load_state_dict(state)
+        return module
+
+
+def example_inputs(source: Source, batch: int, rng: np.random.Generator, vocabulary: int = 40) -> dict[str, NDArray[Any]]:
+    """Random inputs in the range that sampling meets: unit noise, a middle timestep, a guidance scale of 4."""
+    fixed = {"timestep": 500.0, "guidance_scale": 4.0}
+    sizes = dict(source.sizes) | {"batch": batch}
+    inputs: dict[str, NDArray[Any]] = {}
+    for port in source.inputs:
+        shape = [dim if isinstance(dim, int) else _resolve(dim, sizes) for dim in port.shape]
+        if port.dtype == "int64":
+            inputs[port.name] = rng.integers(0, vocabulary, shape)
+        elif port.name in fixed:
+            inputs[port.name] = np.array(fixed[port.name], np.float32)
+        elif port.name == "coefficients":
+            inputs[port.name] = np.array([0.9, 0.8, -0.5], np.float32)
+        else:
+            inputs[port.name] = rng.standard_normal(shape, dtype=np.float32)
+    return inputs
+
+
+def check(
+    runner: Runner, graphs: Mapping[str, str], reference: Reference, sources: Mapping[str, Source], progress: Progress = silent
+) -> list[Parity]:
+    """Compare each graph (name to compute dtype) with the reference, at batch 1 and 3. Raises `ParityError`."""
+    results = []
+    progress("parity", 0, len(graphs))
+    for done, (graph, dtype) in enumerate(graphs.items(), start=1):
+        source, error = sources[graph.partition(".")[0]], 0.0
+        pixels = source.outputs[0].dtype == "uint8"
+        for batch in (1, 3):
+            inputs = example_inputs(source, batch, np.random.default_rng(batch))
+            expected = reference.run(graph, inputs).astype(np.float64)
+            found = next(iter(runner.run(graph, inputs).values())).astype(np.float64)
+            largest = 1.0 if pixels else float(np.abs(expected).max())
+            error = max(error, float(np.abs(found - expected).max()) / largest)
+        tolerance = _PIXEL_TOLERANCE[dtype] if pixels else TOLERANCES[dtype]
+        if not error <= tolerance:
+            raise ParityError(
+                f"{graph}: differs from PyTorch by {error:.3g}; at most {tolerance:g} is accepted for {dtype}. "
+                "The bundle was not written"
+            )
+        results.append(Parity(graph, error, tolerance))
+        progress("parity", done, len(graphs))
+    return results
+
+
+def _resolve(dim: str, sizes: Mapping[str, int]) -> int:
+    factor, _, name = dim.rpartition("*")
+    return int(factor or 1) * sizes[name]
+
+
+@contextlib.contextmanager
+def _unfused(module: nn.Module, lora: Lora | None, prefix: str) -> Iterator[None]:
+    """While open, layers that the LoRA names add its update to their outputs."""
+    handles = []
+    for name, pair in lora.pairs.items() if lora else ():
+        layer = module.get_submodule(prefix + name.removesuffix(".weight"))
+        up, down, scale = pair.up.read().float(), pair.down.read().float(), pair.scale
+
+        def add(
+            layer: Any, inputs: Any, output: torch.Tensor, up: torch.Tensor = up, down: torch.Tensor = down, scale: float = scale
+        ) -> torch.Tensor:
+            if isinstance(layer, nn.Conv2d):
+                hidden = F.conv2d(inputs[0], down, stride=layer.stride, padding=layer.padding)
+                return output + scale * F.conv2d(hidden, up)
+            return output + scale * F.linear(F.linear(inputs[0], down), up)
+
+        handles.append(layer.register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+

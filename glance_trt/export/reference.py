@@ -1,0 +1,83 @@
+"""The same images by diffusers: what a bundle is compared with and timed against.
+
+Components, LoRA loading and the scheduler's step are all diffusers' own; only the loop that switches the LoRA at each
+phase, which diffusers has not, is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from glance_trt.errors import RecipeError
+from glance_trt.recipe import Recipe
+
+
+class DiffusersReference:
+    """A Stable Diffusion pipeline with one LoRA adapter per phase, switched inside one run. Needs peft."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+        self._recipe = recipe
+        self._pipe = StableDiffusionPipeline.from_pretrained(folder / recipe.model, torch_dtype=torch.float32)
+        self._pipe.set_progress_bar_config(disable=True)
+        if not isinstance(self._pipe.scheduler, DDIMScheduler):
+            raise RecipeError(f"{recipe.model}: whole images are compared for DDIM schedules only; this model has another")
+        for phase in recipe.phases:
+            if phase.lora:
+                self._pipe.load_lora_weights(str(folder / phase.lora.file), adapter_name=phase.name)
+        scheduler = self._pipe.scheduler
+        scheduler.set_timesteps(recipe.teacher_steps)
+        grid = scheduler.timesteps.tolist()
+        self._knots = [(phase, grid[step - 1]) for phase in recipe.phases for step in phase.steps]
+
+    @torch.no_grad()
+    def generate(self, prompt: str, seeds: Sequence[int]) -> NDArray[np.uint8]:
+        """One image per seed, [B, height, width, 3] uint8."""
+        guidance, pipe = self._recipe.guidance, self._pipe
+        cfg = guidance.mode == "cfg"
+        embeds, negative = pipe.encode_prompt(
+            prompt, "cpu", len(seeds), cfg, negative_prompt=guidance.negative_prompt
+        )
+        shape = (1, pipe.unet.config.in_channels, self._recipe.height, self._recipe.width)
+        scale = pipe.vae_scale_factor
+        shape = (*shape[:2], shape[2] // scale, shape[3] // scale)
+        noise = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
+        latents = torch.cat(noise) * pipe.scheduler.init_noise_sigma
+        context = torch.cat([negative, embeds]) if cfg else embeds
+        current = None
+        for (phase, timestep), following in zip(self._knots, [*self._knots[1:], None], strict=True):
+            if phase is not current:
+                self._switch(phase)
+                current = phase
+            sample = torch.cat([latents, latents]) if cfg else latents
+            predicted = pipe.unet(sample, timestep, context, return_dict=False)[0]
+            if cfg:
+                without, with_ = predicted.chunk(2)
+                predicted = without + guidance.scale * (with_ - without)
+            self._aim(timestep, following[1] if following else None)
+            latents = pipe.scheduler.step(predicted, timestep, latents, return_dict=False)[0]
+        image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+        images = pipe.image_processor.postprocess(image, output_type="np")
+        return (images * 255).round().astype(np.uint8)  # type: ignore[no-any-return]
+
+    def _switch(self, phase: Any) -> None:
+        if phase.lora is None:
+            self._pipe.disable_lora()
+        else:
+            self._pipe.enable_lora()
+            self._pipe.set_adapters(phase.name, phase.lora.scale if phase.lora.scale is not None else 1.0)
+
+    def _aim(self, timestep: int, following: int | None) -> None:
+        """Make the scheduler's next step end at the next knot: it goes ``num_train_timesteps // num_inference_steps``
+        down, which a fraction hits exactly."""
+        scheduler = self._pipe.scheduler
+        stride = timestep - following if following is not None else timestep + 1
+        scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, stride)

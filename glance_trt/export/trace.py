@@ -1,0 +1,223 @@
+"""Traces a module without its weights, and points the resulting graph into weights files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import onnx_ir as ir
+import torch
+from onnxscript.optimizer import optimize_ir
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from glance_trt.bundle import Port
+from glance_trt.errors import ModelError
+from glance_trt.export.weights import TensorRef
+
+OPSET = 20
+INLINE_LIMIT = 4096
+"""Bytes; a larger constant in a graph would be a weight that lost its name."""
+
+_TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
+_STORED = {"F64": ir.DataType.DOUBLE, "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A graph to be traced.
+
+    `build` makes the module, in any dtype; its forward takes `inputs` in order and returns `outputs`. `prefix`
+    leads from the module's state-dict names to the weights' names. `sizes` gives example values (at least 2) for the
+    named dimensions, and `multiple` says which of them must be multiples of what.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    prefix: str
+    sizes: Mapping[str, int]
+    limits: Mapping[str, int]
+
+
+def trace(source: Source, dtype: str) -> ir.Model:
+    """The optimised graph in compute dtype `dtype`, its initializers named like the weights and without data.
+
+    No weight is allocated: parameters are fake tensors throughout.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _quiet(), torch.no_grad():
+        with _fake_parameters(mode, _TORCH[dtype]):
+            module = source.build().eval().requires_grad_(False)
+        with mode:
+            example = tuple(
+                torch.zeros([_size(dim, source.sizes) for dim in port.shape], dtype=_TORCH[port.dtype])
+                for port in source.inputs
+            )
+            symbols = {name: torch.export.Dim(name, min=1, max=limit) for name, limit in source.limits.items()}
+            dynamic = tuple(
+                {i: _dimension(dim, symbols) for i, dim in enumerate(port.shape) if isinstance(dim, str)}
+                for port in source.inputs
+            )
+            program = torch.export.export(module, example, dynamic_shapes=dynamic)
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[port.name for port in source.inputs],
+            output_names=[port.name for port in source.outputs],
+        )
+    assert exported is not None
+    model = exported.model
+    _name_dimensions(model.graph.inputs, source.inputs)
+    _name_dimensions(model.graph.outputs, source.outputs)
+    # The optimizer must run (TensorRT's parser rejects the sequence ops it removes), and must not fold, merge or rename
+    # weights. As inputs of the graph they are unknown to it.
+    weights = _weights_to_inputs(model, module.state_dict().keys(), source.prefix)
+    optimize_ir(model, onnx_shape_inference=False)
+    _inputs_to_weights(model, weights)
+    _strip(model)
+    return model
+
+
+def weight_names(model: ir.Model) -> list[str]:
+    """The names of the weights that a traced graph uses."""
+    return [name for name, value in model.graph.initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]
+
+
+def bind(model: ir.Model, tensors: Mapping[str, TensorRef], path: Path) -> tuple[str, ...]:
+    """Save a copy of the traced graph whose initializers are `tensors`, beside the files these lie in.
+
+    Where a tensor is stored in another dtype than the graph computes in, a Cast stands behind it. Returns the names of
+    the weights files that the graph refers to.
+    """
+    model = model.clone()
+    files = set()
+    for name, value in list(model.graph.initializers.items()):
+        if not isinstance(value.const_value, ir.ExternalTensor):
+            continue
+        if name not in tensors:
+            raise ModelError(f"{path.name}: the model's weights lack {name}")
+        ref = tensors[name]
+        if tuple(value.const_value.shape) != ref.shape:
+            raise ModelError(
+                f"{ref.file}: {name} has shape {list(ref.shape)}, the model's configuration says "
+                f"{list(value.const_value.shape)}"
+            )
+        wanted, stored = value.const_value.dtype, _STORED[ref.dtype]
+        value.const_value = _external(name, stored, ref.shape, ref.file.name, ref.offset, ref.length, path.parent)
+        value.dtype = stored
+        files.add(ref.file.name)
+        if stored != wanted:
+            _insert_cast(model, value, wanted)
+    ir.save(model, path)
+    return tuple(sorted(files))
+
+
+def _insert_cast(model: ir.Model, value: ir.Value, wanted: ir.DataType) -> None:
+    uses = list(value.uses())
+    cast = ir.node("Cast", [value], attributes={"to": wanted}, name=f"{value.name}/cast")
+    cast.outputs[0].name = f"{value.name}/{wanted.name.lower()}"
+    cast.outputs[0].dtype = wanted
+    cast.outputs[0].shape = value.shape
+    for node, index in uses:
+        node.replace_input_with(index, cast.outputs[0])
+    model.graph.insert_before(model.graph[0], cast)
+
+
+def _external(
+    name: str, dtype: ir.DataType, shape: Sequence[int], file: str, offset: int, length: int, folder: Path
+) -> ir.ExternalTensor:
+    return ir.ExternalTensor(file, offset, length, dtype, shape=ir.Shape(shape), name=name, base_dir=folder)
+
+
+def _weights_to_inputs(model: ir.Model, names: Iterable[str], prefix: str) -> list[ir.Value]:
+    weights = [model.graph.initializers[name] for name in names if name in model.graph.initializers]
+    for value in weights:
+        assert value.name is not None and value.const_value is not None
+        del model.graph.initializers[value.name]
+        value.name = value.name.removeprefix(prefix)
+        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+        value.const_value = None
+        model.graph.inputs.append(value)
+    return weights
+
+
+def _inputs_to_weights(model: ir.Model, weights: Sequence[ir.Value]) -> None:
+    for value in weights:
+        assert value.name is not None and value.dtype is not None and value.shape is not None
+        model.graph.inputs.remove(value)
+        if value.uses():
+            shape = tuple(int(n) for n in value.shape if isinstance(n, int))
+            value.const_value = _external(value.name, value.dtype, shape, "weights", 0, 0, Path())
+            model.graph.initializers.add(value)
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop stack traces (with this machine's paths) and inferred shapes, whose symbols have no meaning any more."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version, model.doc_string = "glance-trt", None, None
+    model.graph.name = "main"
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = None
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def _name_dimensions(values: Sequence[ir.Value], ports: Sequence[Port]) -> None:
+    for value, port in zip(values, ports, strict=True):
+        value.shape = ir.Shape(port.shape)
+
+
+def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim
+    factor, _, name = dim.rpartition("*")
+    return int(factor or 1) * sizes[name]
+
+
+def _dimension(dim: str, symbols: Mapping[str, object]) -> object:
+    factor, _, name = dim.rpartition("*")
+    return int(factor) * symbols[name] if factor else symbols[name]  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _fake_parameters(mode: FakeTensorMode, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters become fake, and of `dtype`, as they are registered, before anything writes to them; buffers stay real, because the
+    values of those that are not saved (position ids, frequency tables) belong into the graph."""
+    register = nn.Module.register_parameter
+
+    def register_fake(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            with mode:
+                parameter = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+        register(self, name, parameter)
+
+    with mock.patch.object(nn.Module, "register_parameter", register_fake):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs what it could not find of torchvision, and warns of its own internals."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

@@ -1,0 +1,165 @@
+"""Weights as safetensors files: where each tensor lies, and writing a file one tensor at a time.
+
+A safetensors file is a JSON header and a flat buffer, so a tensor is (file, offset, length): exactly what an ONNX
+external-data reference holds. Nothing here ever has more than one tensor in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glance_trt.errors import ModelError
+from glance_trt.progress import Progress, silent
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Supported tensor types, by their safetensors names."""
+
+_HEADER_LIMIT = 100 << 20
+_BLOCK = 8 << 20
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor in a file: `offset` and `length` are bytes from the file's beginning; `dtype` is a key of `DTYPES`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in its stored dtype; the caller owns it."""
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            data = bytearray(file.read(self.length))
+        if not self.length:
+            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata. Raises `ModelError`."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, _HEADER_LIMIT):
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            if not 0 <= start <= end <= size - 8 - length:
+                raise ValueError(f"{name} lies outside the file, which may be truncated")
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}")
+            if end - start != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
+                raise ValueError(f"{name} has {end - start} bytes, which its shape {list(shape)} does not explain")
+            tensors[name] = TensorRef(path, entry["dtype"], shape, 8 + length + start, end - start)
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
+    return tensors, metadata
+
+
+def component_tensors(folder: Path) -> dict[str, TensorRef]:
+    """The tensors of a model component (a folder in diffusers' layout): one file, or shards with an index.
+
+    Raises `ModelError`, for instance where there are only pickle files.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        for variant in ("", ".fp16"):
+            if (folder / f"{stem}{variant}.safetensors").is_file():
+                return read_header(folder / f"{stem}{variant}.safetensors")[0]
+            index = folder / f"{stem}.safetensors.index{variant}.json"
+            if index.is_file():
+                return _sharded(index)
+    if any(folder.glob("*.bin")):
+        raise ModelError(
+            f"{folder}: only pickle (.bin) weights, which can run code when read; save the model again with diffusers' "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    raise ModelError(f"{folder}: no weights (expected diffusion_pytorch_model.safetensors or model.safetensors)")
+
+
+def _sharded(index: Path) -> dict[str, TensorRef]:
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index}: not a readable index: {error}") from None
+    shards = {file: read_header(index.parent / file)[0] for file in sorted(set(names.values()))}
+    for name, file in names.items():
+        if name not in shards[file]:
+            raise ModelError(f"{index}: {name} should be in {file}, which does not have it")
+    return {name: shards[file][name] for name, file in names.items()}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tensor that is computed when it is written; its dtype and shape are those of `base`."""
+
+    base: TensorRef
+    compute: Callable[[], torch.Tensor]
+
+
+def write(
+    path: Path, tensors: Mapping[str, TensorRef | Fused], progress: Progress = silent, stage: str = "fuse"
+) -> dict[str, TensorRef]:
+    """Write a safetensors file tensor by tensor, copying or computing each; returns where they lie in it.
+
+    The file appears under its name only when it is complete. Progress counts bytes.
+    """
+    refs, header, position = {}, {}, 0
+    for name, tensor in tensors.items():
+        base = tensor.base if isinstance(tensor, Fused) else tensor
+        header[name] = {
+            "dtype": base.dtype,
+            "shape": list(base.shape),
+            "data_offsets": [position, position + base.length],
+        }
+        position += base.length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)  # the buffer starts 8 bytes off a multiple of 64, as the format has it
+    progress(stage, 0, position)
+    draft = path.with_name(path.name + ".draft")
+    try:
+        with open(draft, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, tensor in tensors.items():
+                base = tensor.base if isinstance(tensor, Fused) else tensor
+                refs[name] = TensorRef(path, base.dtype, base.shape, file.tell(), base.length)
+                for block in _blocks(tensor):
+                    file.write(block)
+                progress(stage, file.tell() - 8 - len(text), position)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return refs
+
+
+def _blocks(tensor: TensorRef | Fused) -> Iterable[bytes | memoryview]:
+    if isinstance(tensor, Fused):
+        value = tensor.compute().contiguous().view(-1)
+        yield memoryview(value.view(torch.uint8).numpy())
+        return
+    with open(tensor.file, "rb") as source:
+        source.seek(tensor.offset)
+        left = tensor.length
+        while left:
+            block = source.read(min(left, _BLOCK))
+            if not block:
+                raise ModelError(f"{tensor.file}: ended while it was read")
+            left -= len(block)
+            yield block

@@ -1,0 +1,1 @@
+"""Running a bundle: text to images with numpy and one engine backend, without PyTorch."""

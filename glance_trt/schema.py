@@ -1,0 +1,215 @@
+"""The parts of a bundle's manifest: what a graph, an engine, a schedule or a file is said to be.
+
+Each part checks what can be said of it alone; what must hold between the parts is checked by `manifest.Manifest`.
+``docs/bundle-format.md`` explains every field.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from glance_trt import limits, strict
+
+DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
+GuidanceMode = Literal["none", "cfg", "embedded"]
+
+_COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
+_DIMENSION = re.compile(r"[!-~]{1,64}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: its size in bytes, its SHA-256, and a text by which a build knows what it was made from."""
+
+    size: int
+    sha256: str
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        limits.check_range("size", self.size, 0, limits.INT64)
+        limits.check_sha256("sha256", self.sha256)
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output tensor of a graph. A dimension is a number, or the name of one that may vary.
+
+    `source` says what the runtime feeds an input with: ``tokens.<tokenizer>``, ``condition.<output>``,
+    ``negative.<output>``, ``latents``, ``table.timestep``, ``table.coefficients`` or ``guidance_scale``.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        limits.check_name("name", self.name)
+        limits.check_range("shape: rank", len(self.shape), 0, limits.TENSOR_RANK)
+        for i, size in enumerate(self.shape):
+            if isinstance(size, int):
+                limits.check_range(f"shape[{i}]", size, 1, limits.INT32)
+            elif not _DIMENSION.fullmatch(size):
+                raise strict.Mismatch(f"shape[{i}]: {strict.shown(size)} is not 1 to 64 of ASCII without spaces")
+        limits.check_elements("shape", [size for size in self.shape if isinstance(size, int)])
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A portable ONNX graph: one file per compute dtype, all over the same weights files."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    files: dict[str, str]
+    weights: tuple[str, ...] = ()
+    guidance: GuidanceMode = "none"
+
+    def __post_init__(self) -> None:
+        for key, ports in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if not ports:
+                raise strict.Mismatch(f"{key}: empty")
+            limits.check_distinct(key, [port.name for port in ports])
+        for i, port in enumerate(self.outputs):
+            if port.source:
+                raise strict.Mismatch(f"outputs[{i}].source: an output has none")
+        for dtype in self.files:
+            _check_compute_dtype("files", dtype)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a target made of one graph: its file, and the weights files that this file refers to."""
+
+    file: str
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """The engines of one target, by graph name. `requires` names what must be present to run them, with versions."""
+
+    backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    dtype: DType
+    graphs: dict[str, Engine]
+    requires: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_compute_dtype("dtype", self.dtype)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A ``tokenizer.json`` of the tokenizers library, and how its output is cut and padded."""
+
+    file: str
+    max_length: int
+    pad_token_id: int
+
+    def __post_init__(self) -> None:
+        limits.check_range("max_length", self.max_length, 1, limits.PROMPT_TOKENS)
+        limits.check_range("pad_token_id", self.pad_token_id, 0, limits.INT32)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step: the phase whose graph runs, the timestep it is told, and its coefficients."""
+
+    phase: str
+    timestep: float
+    coefficients: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        limits.check_float32("timestep", self.timestep)
+        for i, value in enumerate(self.coefficients):
+            limits.check_float32(f"coefficients[{i}]", value)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A table of steps. Starting noise is multiplied by `initial_noise_scale`."""
+
+    steps: tuple[Step, ...]
+    coefficients: tuple[str, ...] = ("c_in", "a", "b")
+    initial_noise_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise strict.Mismatch("steps: a schedule needs at least one step")
+        limits.check_range("steps: their number", len(self.steps), 1, limits.SCHEDULE_STEPS)
+        for i, name in enumerate(self.coefficients):
+            limits.check_name(f"coefficients[{i}]", name)
+        limits.check_distinct("coefficients", self.coefficients)
+        for i, step in enumerate(self.steps):
+            if len(step.coefficients) != len(self.coefficients):
+                raise strict.Mismatch(
+                    f"steps[{i}].coefficients: expected {len(self.coefficients)} numbers "
+                    f"({', '.join(self.coefficients)}), got {len(step.coefficients)}"
+                )
+        limits.check_float32("initial_noise_scale", self.initial_noise_scale)
+
+
+@dataclass(frozen=True)
+class Image:
+    """The size of the images, pixels, and the latents they are decoded from."""
+
+    height: int
+    width: int
+    latent_channels: int
+    latent_scale: int
+    """Pixels per latent, along each side."""
+
+    def __post_init__(self) -> None:
+        for key in ("height", "width", "latent_channels", "latent_scale"):
+            limits.check_range(key, getattr(self, key), 1, limits.IMAGE_SIDE)
+        for key in ("height", "width"):
+            if getattr(self, key) % self.latent_scale:
+                raise strict.Mismatch(
+                    f"{key}: expected a multiple of latent_scale, {self.latent_scale}; got {getattr(self, key)}"
+                )
+        limits.check_elements("latent_channels", self.latent_shape)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of one image's latents."""
+        return self.latent_channels, self.height // self.latent_scale, self.width // self.latent_scale
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The guidance scale and negative prompt that are used when none is given."""
+
+    scale: float = 1.0
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        limits.check_float32("scale", self.scale)
+
+
+@dataclass(frozen=True)
+class LoraSource:
+    """A LoRA that was fused into a phase. `alpha` is what its file says, or nothing where it says nothing."""
+
+    phase: str
+    file: str
+    sha256: str
+    scale: float
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        limits.check_sha256("sha256", self.sha256)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a bundle comes from: the base model, the LoRAs, and the versions of the tools that made it."""
+
+    model: str
+    loras: tuple[LoraSource, ...] = ()
+    tools: dict[str, str] = field(default_factory=dict)
+
+
+def _check_compute_dtype(path: str, dtype: str) -> None:
+    if dtype not in _COMPUTE_DTYPES:
+        raise strict.Mismatch(f"{path}: got {strict.shown(dtype)}, expected one of {', '.join(_COMPUTE_DTYPES)}")

@@ -1,0 +1,142 @@
+"""The manifest as data. What is done with bad ones is in ``hostile/``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from glance_trt import limits, manifest
+from glance_trt.errors import BundleError
+from glance_trt.manifest import Manifest
+
+from .hostile import tiny
+
+DOC = Path(__file__).parent.parent / "docs" / "bundle-format.md"
+
+
+@pytest.fixture
+def good() -> Manifest:
+    return manifest.load(json.dumps(tiny.manifest()))
+
+
+def test_load_gives_what_the_text_says(good: Manifest) -> None:
+    value = tiny.manifest()
+    step = good.schedules["default"].steps[1]
+    assert (step.phase, step.timestep, step.coefficients) == ("fast", 481.0, (1.0, 1.125, -0.25))
+    assert good.image.latent_shape == (4, 8, 8)
+    assert good.graphs["denoiser.slow"].inputs[1].shape == ()
+    assert good.graphs["decoder"].guidance == "none"
+    assert {name: entry.size for name, entry in good.files.items()} == {
+        name: entry["size"] for name, entry in value["files"].items()
+    }
+
+
+def test_dump_writes_what_load_reads(good: Manifest) -> None:
+    text = manifest.dump(good)
+    assert manifest.load(text) == good
+    assert manifest.load(text.encode()) == good
+    assert manifest.dump(manifest.load(text)) == text
+    assert text.isascii()
+
+
+def test_text_may_be_of_any_language(good: Manifest) -> None:
+    prompt = "模糊, größer \N{ARTIST PALETTE}"
+    changed = dataclasses.replace(good, guidance=dataclasses.replace(good.guidance, negative_prompt=prompt))
+    assert manifest.load(manifest.dump(changed)).guidance.negative_prompt == prompt
+    plain = json.dumps(tiny.manifest() | {"guidance": {"negative_prompt": prompt}}, ensure_ascii=False)
+    assert manifest.load(plain.encode()).guidance.negative_prompt == prompt
+
+
+def test_dump_refuses_what_load_would_refuse(good: Manifest) -> None:
+    broken = dataclasses.replace(good, guidance=dataclasses.replace(good.guidance, scale=float("nan")))
+    with pytest.raises(BundleError, match=r"^bundle\.json: guidance\.scale: expected a finite number, got nan$"):
+        manifest.dump(broken)
+    long = dataclasses.replace(good, provenance=dataclasses.replace(good.provenance, model="x" * (1 << 20)))
+    with pytest.raises(BundleError, match=r"^bundle\.json: \d+ bytes; at most 1048576 are allowed$"):
+        manifest.dump(long)
+
+
+def test_errors_name_the_file_they_are_told() -> None:
+    with pytest.raises(BundleError, match=r"^here/bundle\.json: format 3 is newer than 1"):
+        manifest.load('{"format": 3}', "here/bundle.json")
+
+
+def test_the_first_schedule_is_the_default(good: Manifest) -> None:
+    value = tiny.manifest()
+    value["schedules"] = {
+        "zz": value["schedules"]["default"],
+        "aa": value["schedules"]["default"] | {"initial_noise_scale": 2},
+    }
+    both = manifest.load(json.dumps(value))
+    assert both.schedule() is both.schedules["zz"]
+    assert both.schedule("aa").initial_noise_scale == 2.0
+    with pytest.raises(BundleError, match=r"^schedule 'bb': this bundle has zz, aa$"):
+        both.schedule("bb")
+
+
+def test_engine_files_are_what_a_target_reads(good: Manifest) -> None:
+    graphs = ("text_encoder", "decoder", "denoiser.slow", "denoiser.fast")
+    files = good.engine_files("cpu")
+    assert sorted(files) == sorted(["tokenizer.json", "cpu.bin", *(f"cpu.{graph}.onnx" for graph in graphs)])
+    with pytest.raises(BundleError, match=r"^target 'rtx': this bundle has cpu$"):
+        good.engine_files("rtx")
+
+
+def test_a_bundle_may_come_without_engines() -> None:
+    loaded = manifest.load(json.dumps(tiny.manifest() | {"engines": {}}))
+    with pytest.raises(BundleError, match=r"^target 'cpu': this bundle has none$"):
+        loaded.engine_files("cpu")
+
+
+def test_three_phases_are_as_good_as_two() -> None:
+    value = tiny.manifest()
+    value["graphs"]["denoiser.mid"] = value["graphs"]["denoiser.fast"]
+    value["engines"]["cpu"]["graphs"]["denoiser.mid"] = {"file": "cpu.denoiser.fast.onnx"}
+    value["schedules"]["default"]["steps"].insert(1, {"phase": "mid", "timestep": 700, "coefficients": [1, 1, -1]})
+    assert [step.phase for step in manifest.load(json.dumps(value)).schedule().steps] == ["slow", "mid", "fast"]
+
+
+@pytest.mark.parametrize("name", ["a", "A-1_b.c", "x" * 64, "...", "-", ".hidden"])
+def test_names_of_64_plain_characters_are_valid(name: str) -> None:
+    limits.check_name("name", name)
+
+
+def test_largest_images_and_tensors_are_allowed(good: Manifest) -> None:
+    value: dict[str, Any] = tiny.manifest()
+    value["image"] = {"height": 8192, "width": 8192, "latent_channels": 4, "latent_scale": 1}
+    value["graphs"]["decoder"]["outputs"][0]["shape"] = ["batch", 8192, 8192, 3]
+    assert manifest.load(json.dumps(value)).image.latent_shape == (4, 8192, 8192)
+
+
+def test_the_example_of_the_documentation_is_a_manifest() -> None:
+    (example,) = re.findall(r"```json\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
+    loaded = manifest.load(example.replace("SHA", "0" * 64))
+    assert loaded.schedule().steps[0].phase == "slow"
+    assert manifest.load(manifest.dump(loaded)) == loaded
+
+
+def test_the_documentation_names_every_key_and_every_limit() -> None:
+    text = DOC.read_text(encoding="utf-8")
+    keys: set[str] = set()
+    waiting: list[Any] = [Manifest]
+    while waiting:
+        kind = waiting.pop()
+        for name, hint in get_type_hints(kind).items():
+            keys.add(name)
+            parts = [hint, *_arguments(hint)]
+            waiting += [part for part in parts if dataclasses.is_dataclass(part)]
+    assert {key for key in keys if f"`{key}`" not in text} == set()
+    figures = [limits.MANIFEST_BYTES, limits.TENSOR_ELEMENTS, limits.TENSOR_RANK, limits.PROMPT_TOKENS]
+    figures += [limits.IMAGE_SIDE, limits.SCHEDULE_STEPS]
+    digits = text.replace(" ", "")
+    assert {figure for figure in figures if str(figure) not in digits} == set()
+
+
+def _arguments(hint: Any) -> list[Any]:
+    found = list(getattr(hint, "__args__", ()))
+    return found + [deeper for argument in found for deeper in _arguments(argument)]

@@ -1,0 +1,169 @@
+"""Recipes: what is read, what is shipped, and the texts with which the rest is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from glance_trt import recipe
+from glance_trt.engines import targets
+from glance_trt.errors import RecipeError
+
+GOOD = """
+name: tiny
+model: models/tiny
+height: 64
+width: 64
+phases:
+  - name: slow
+    steps: [1, 3]
+    lora: {file: slow.safetensors}
+  - {name: fast, steps: [11, 50], lora: {file: fast.safetensors, scale: 4}}
+guidance: {mode: cfg, scale: 4}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_load_reads_a_file_and_says_where_its_paths_start(file: Path) -> None:
+    loaded, folder = recipe.load(file)
+    assert folder == file.parent
+    assert loaded == recipe.Recipe(
+        name="tiny",
+        model="models/tiny",
+        phases=(
+            recipe.Phase("slow", (1, 3), recipe.Lora("slow.safetensors")),
+            recipe.Phase("fast", (11, 50), recipe.Lora("fast.safetensors", 4.0)),
+        ),
+        height=64,
+        width=64,
+        guidance=recipe.Guidance(scale=4.0),
+    )
+
+
+def test_defaults_are_those_of_the_paper(file: Path) -> None:
+    loaded, _ = recipe.load(str(file))
+    assert loaded.teacher_steps == 50
+    assert loaded.sampler == "consistent"
+    assert loaded.distill is None
+    # arXiv 2512.02899 and its released code, for FLUX
+    distill = recipe.Distill(prompt="a cat")
+    assert (distill.rank, distill.alpha, distill.steps, distill.learning_rate) == (16, 64.0, 60, 5e-4)
+    assert (distill.batch_size, distill.weight_decay) == (1, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("model:", "modle:", "modle: unknown key; did you mean 'model'?"),
+        ("guidance: {mode: cfg,", "guidance: {mode: none, scael: 1,", "guidance.scael: unknown key; did you mean"),
+        ("model: models/tiny", "", "model: missing"),
+        ("height: 64", "height: '64'", "height: expected a whole number, got text ('64')"),
+        ("height: 64", "height: 64.0", "height: expected a whole number, got a number (64.0)"),
+        ("height: 64", "height: yes", "height: expected a whole number, got true or false (True)"),
+        ("height: 64", "height: 0", "height: expected a positive number, got 0"),
+        ("width: 64", "width: -8", "width: expected a positive number, got -8"),
+        ("width: 64", "width: 64\nteacher_steps: 0", "teacher_steps: expected a positive number, got 0"),
+        ("width: 64", "width: 2001-01-01", "width: expected a whole number, got date"),
+        ("name: tiny", "name: 5", "name: expected text, got a whole number (5)"),
+        ("name: tiny", "name: my model", "name: 'my model' is no valid name; names are 1 to 64 of"),
+        ("name: tiny", "name: tiny\n1: 2", "1: unknown key; known: name, model, phases"),
+        ("[1, 3]", "3", "phases[0].steps: expected a list, got a whole number (3)"),
+        ("[1, 3]", "[1, three]", "phases[0].steps[1]: expected a whole number, got text ('three')"),
+        ("name: fast", "name: slow", "phases[1].name: 'slow' stands twice"),
+        ("name: fast", "name: fast.1", "phases[1].name: 'fast.1' is not 1 to 16 of A-Z a-z 0-9 _ -"),
+        ("name: fast", "name: ''", "phases[1].name: '' is not 1 to 16 of"),
+        ("mode: cfg", "mode: cgf", "guidance.mode: expected one of none, cfg; got text ('cgf')"),
+        ("mode: cfg", "rescale: 1.5", "guidance.rescale: expected 0 to 1, got 1.5"),
+        ("scale: 4}\n", "scale: .inf}\n", "guidance.scale: expected a finite number, got inf"),
+        ("scale: 4}\n", "scale: .nan}\n", "guidance.scale: expected a finite number, got nan"),
+        ("width: 64", "width: 64\nwidth: 32", "not valid YAML: key 'width' stands twice"),
+        ("{file: slow.safetensors}", "{file: a, file: b}", "not valid YAML: key 'file' stands twice"),
+        ("width: 64", "width: [", "not valid YAML: "),
+        ("width: 64", "width: !!python/object/apply:os.getcwd []", "not valid YAML: could not determine a constructor"),
+        ("width: 64", "width: 2001-99-99", "not valid YAML: month must be in 1..12"),
+        ("width: 64", "width: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
+        ("width: 64", "width: -0x" + "f" * 5000, "width: expected a positive number, got a number of thousands"),
+        ("width: 64", "width: " + "[" * 1200, "not valid YAML: "),
+        ("width: 64", "width: &a [*a]", "width: expected a whole number, got a list"),
+        ("width: 64", "width: \x01", "not valid YAML: "),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_refused_with_its_place(file: Path, old: str, new: str, text: str) -> None:
+    assert old in GOOD
+    file.write_text(GOOD.replace(old, new, 1))
+    with pytest.raises(RecipeError, match="^" + re.escape(f"{file}: {text}")):
+        recipe.load(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "expected keys and values, got nothing"),
+        (b"- a", "expected keys and values, got a list"),
+        (b"name: \xff", "not valid YAML: 'utf-8' codec can't decode"),
+        (b"a: 1\n---\nb: 2\n", "not valid YAML: expected a single document"),
+    ],
+)
+def test_what_is_no_recipe_at_all_is_refused(file: Path, content: bytes, text: str) -> None:
+    file.write_bytes(content)
+    with pytest.raises(RecipeError, match=re.escape(f"{file}: {text}")):
+        recipe.load(file)
+
+
+def test_a_recipe_without_phases_is_refused(file: Path) -> None:
+    file.write_text(GOOD[: GOOD.index("phases")] + "phases: []\n")
+    with pytest.raises(RecipeError, match=re.escape(f"{file}: phases: a recipe needs at least one phase")):
+        recipe.load(file)
+
+
+@pytest.mark.parametrize("name", ["no-such", "no/such.yaml", "", "x" * 5000, "a\0b"])
+def test_a_missing_recipe_is_named_beside_the_shipped_ones(name: str) -> None:
+    with pytest.raises(
+        RecipeError, match=re.escape(f"{name}: no such file, and no shipped recipe of that name (")
+    ) as error:
+        recipe.load(name)
+    assert "shapes" in str(error.value)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such file, and no shipped recipe"):
+        recipe.load(tmp_path)
+
+
+def test_numbers_in_scientific_notation_are_numbers(file: Path) -> None:
+    file.write_text(GOOD + "distill: {prompt: a cat, learning_rate: 5e-4, weight_decay: 1E-2, alpha: 6.4e1}\n")
+    distill = recipe.load(file)[0].distill
+    assert distill is not None
+    assert (distill.learning_rate, distill.weight_decay, distill.alpha) == (0.0005, 0.01, 64.0)
+
+
+def test_a_merged_key_may_be_overridden(file: Path) -> None:
+    anchored = GOOD.replace("lora: {file: slow.safetensors}", "lora: &lora {file: slow.safetensors, scale: 2}")
+    file.write_text(anchored.replace("lora: {file: fast.safetensors, scale: 4}", "lora: {<<: *lora, scale: 4}"))
+    assert recipe.load(file)[0].phases[1].lora == recipe.Lora("slow.safetensors", 4.0)
+
+
+def test_shipped_recipes_and_targets_are_found_by_name() -> None:
+    recipes, engines = recipe.shipped_files("recipe"), recipe.shipped_files("target")
+    assert "shapes" in recipes
+    assert {"cpu", "rtx"} <= engines.keys()
+    for name, path in recipes.items():
+        loaded, folder = recipe.load(name)
+        assert (loaded.name, folder) == (name, path.parent)
+        assert set(loaded.engines) <= engines.keys()
+    for name in engines:
+        assert targets.load(name).name == name
+
+
+def test_a_file_comes_before_a_shipped_recipe_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shapes").write_text(GOOD)
+    assert recipe.load("shapes")[0].name == "tiny"
