@@ -107,7 +107,8 @@ class Bundle:
         progress("check", 0, total)
         for name, path in paths.items():
             entry = self.manifest.files[name]
-            if hashing.sha256_of_file(path, use_record=not thorough, size=entry.size) != entry.sha256:
+            found = hashing.sha256_of_file(path, use_record=not thorough, size=entry.size, follow_links=False)
+            if found != entry.sha256:
                 raise BundleError(f"{path}: altered (its SHA-256 is not the listed one); build the bundle again")
             done += entry.size
             progress("check", done, total)

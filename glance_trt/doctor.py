@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from glance_trt import __version__, recipe
-from glance_trt.build import unavailable
-from glance_trt.engines import targets
+from glance_trt.engines import backends, targets
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def examine() -> list[Finding]:
     findings += [_extra(name, modules) for name, modules in _EXTRAS.items()]
     findings.append(_onnxruntime())
     for name in recipe.shipped_files("target"):
-        reason = unavailable(targets.load(name))
+        reason = backends.unavailable(targets.load(name))
         findings.append(Finding(f"build for {name}", reason is None, reason or "yes"))
     return findings
 
@@ -56,10 +55,13 @@ def _onnxruntime() -> Finding:
         )
     if not installed:
         return Finding("ONNX Runtime", False, "missing; pip install glance-trt[cpu]")
-    import onnxruntime
-
     name, version = next(iter(installed.items()))
-    providers = ", ".join(onnxruntime.get_available_providers())
+    try:
+        import onnxruntime
+
+        providers = ", ".join(onnxruntime.get_available_providers())
+    except (ImportError, AttributeError) as error:  # AttributeError: a folder of that name without the package in it
+        return Finding("ONNX Runtime", False, f"{name} {version} cannot be loaded ({error}); reinstall {name}")
     return Finding("ONNX Runtime", True, f"{name} {version}: {providers}")
 
 

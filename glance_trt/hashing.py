@@ -79,15 +79,16 @@ def sha256_of_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_of_file(path: Path, *, use_record: bool = True, size: int | None = None) -> str:
+def sha256_of_file(path: Path, *, use_record: bool = True, size: int | None = None, follow_links: bool = True) -> str:
     """Hexadecimal SHA-256 of a regular file's content.
 
     With `use_record`, a file of `ALWAYS_BELOW` bytes or more that the record knows by device, inode, size, mtime and
-    ctime is not read. With `size`, a file of another size (bytes) is not read either.
+    ctime is not read. With `size`, a file of another size (bytes) is not read either. A user's own files may be links,
+    as in the cache of Hugging Face; those of a bundle may not, and are hashed without `follow_links`.
 
-    Raises `BundleError` if the file cannot be read, is a link, has another size than `size`, or grows meanwhile.
+    Raises `BundleError` if the file cannot be read, is not regular, has another size than `size`, or grows meanwhile.
     """
-    with open_regular(path) as file:
+    with open_regular(Path(os.path.realpath(path)) if follow_links else path) as file:
         status = os.fstat(file.fileno())
         if size is not None and status.st_size != size:
             raise wrong_size(path, status.st_size, size)

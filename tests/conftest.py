@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
+TOKENIZER = REPOSITORY / "examples" / "shapes" / "model" / "tokenizer"
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,101 @@ def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bundles") / "shapes.bundle"
     build(str(REPOSITORY / "export/shapes.yaml"), output, engines=["cpu"])
     return output
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion model of random weights in float16; 16 x 16 pixels are 8 x 8 latents."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            mid_block_type=None,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            sample_size=16,
+            scaling_factor=0.7,
+        )
+    scheduler = DDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_lora(tiny_model: Path) -> Callable[..., Path]:
+    """Writes a random LoRA of the tiny model's UNet, as diffusers does, and returns its path.
+
+    ``write(path, seed=0, rank=2, alpha=6.0, targets=("to_q", "to_v"), with_metadata=True)``
+    """
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    def write(
+        path: Path,
+        *,
+        seed: int = 0,
+        rank: int = 2,
+        alpha: float = 6.0,
+        targets: tuple[str, ...] = ("to_q", "to_v"),
+        with_metadata: bool = True,
+        **settings: object,
+    ) -> Path:
+        unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
+        # Without init, B is random as well as A.
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=False, **settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            unet.add_adapter(config)
+        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        path.parent.mkdir(exist_ok=True)
+        StableDiffusionPipeline.save_lora_weights(
+            path.parent,
+            unet_lora_layers=get_peft_model_state_dict(unet),
+            unet_lora_adapter_metadata=metadata if with_metadata else None,
+            weight_name=path.name,
+        )
+        return path
+
+    return write

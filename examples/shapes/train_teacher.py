@@ -359,7 +359,7 @@ STAGES = {
     "tokenizer": (train_tokenizer, 1),
     "vae": (train_vae, 1300),
     "text": (train_text, 1500),
-    "unet": (train_unet, 6000),
+    "unet": (train_unet, 4200),
     "decoder": (train_decoder, 2500),
 }
 """Per stage: its function and its number of optimizer steps."""

@@ -6,6 +6,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+import click
+
 from glance_trt.progress import Progress
 
 _DELAY = 2.0  # seconds
@@ -46,3 +48,11 @@ def bars() -> Iterator[Progress]:
         yield report
     finally:
         close()
+
+
+def echo(line: str | bytes) -> None:
+    """Print a line to stdout; a bar that is on the same terminal makes way for it."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        click.echo(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -12,7 +13,13 @@ from glance_trt.cli.bars import bars
 @click.command("build")
 @click.argument("recipe")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the bundle goes.")
-@click.option("--engine", "engines", multiple=True, metavar="TARGET", help="Build for this target; repeatable. Default: the recipe's.")
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    metavar="TARGET",
+    help="Build for this target; repeatable. Default: the recipe's.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that differs.")
 def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool) -> None:
     """Build a bundle: fuse the LoRAs, export the graphs, compile engines, compare with PyTorch.
@@ -34,4 +41,4 @@ def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool
         click.echo(f"{stage:<20} {seconds:7.1f} s", err=True)
     for item in report.parity:
         click.echo(f"parity {item.graph:<16} {item.error:.1e} (at most {item.tolerance:g})", err=True)
-    click.echo(output)
+    click.echo(os.fsencode(output))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -11,8 +12,17 @@ from glance_trt.cli.bars import bars
 
 @click.command("distill")
 @click.argument("recipe")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the LoRAs. Default: the files that the recipe's phases name.")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder for checkpoints and loss logs. Default: .distill beside the recipe.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder for the LoRAs. Default: the files that the recipe's phases name.",
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Folder for checkpoints and loss logs. Default: .distill beside the recipe.",
+)
 @click.option("--device", help="PyTorch device. Default: cuda if there is one, else cpu.")
 @click.option("--overwrite", is_flag=True, help="Train again where a LoRA file exists.")
 def command(recipe: str, output: Path | None, work: Path | None, device: str | None, overwrite: bool) -> None:
@@ -24,9 +34,10 @@ def command(recipe: str, output: Path | None, work: Path | None, device: str | N
     Example: glance-trt distill export/shapes.yaml
     """
     from glance_trt import recipe as recipes
+
+    plan, folder = recipes.load(recipe)  # before PyTorch, which takes seconds to load
     from glance_trt.distill.experts import train
 
-    plan, folder = recipes.load(recipe)
     with bars() as progress:
         files = train(
             plan,
@@ -38,4 +49,4 @@ def command(recipe: str, output: Path | None, work: Path | None, device: str | N
             progress=progress,
         )
     for file in files:
-        click.echo(file)
+        click.echo(os.fsencode(file))

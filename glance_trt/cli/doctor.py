@@ -22,4 +22,4 @@ def command(as_json: bool) -> None:
         click.echo(json.dumps([vars(finding) for finding in findings]))
         return
     for finding in findings:
-        click.echo(f"{'ok' if finding.ok else '--':<3} {finding.what:<22} {finding.detail}")
+        click.echo(f"{'ok' if finding.ok else '--':<3} {finding.what:<22} {' '.join(finding.detail.split())}")

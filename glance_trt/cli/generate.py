@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from glance_trt import __version__
-from glance_trt.cli.bars import bars
+from glance_trt.cli.bars import bars, echo
 from glance_trt.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from glance_trt.runtime.pipeline import StepResult
 
 
 @click.command("generate")
@@ -26,7 +33,13 @@ from glance_trt.errors import InputError, OutputError
 @click.option("--target", help="One of the bundle's targets. Default: the first that runs here.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: one per core.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Images denoised at once.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="A folder, or a .png file for one image. Default: here.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    help="A folder, or a .png file for one image. Default: here.",
+)
 @click.option("--sheet", type=click.Path(path_type=Path), help="Also write all images on one contact sheet.")
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON record per image instead of its path.")
@@ -59,50 +72,55 @@ def command(
     if count < 1:
         raise InputError(f"--count: expected at least 1, got {count}")
     files = _file_names(output, prompts, count, seed)
-    for file in [*files, *([sheet] if sheet else [])]:
-        if file.exists() and not overwrite:
-            raise OutputError(f"{file} exists; give --overwrite or another -o")
-    for folder in {file.parent for file in [*files, *([sheet] if sheet else [])]}:
-        _make_folder(folder)
+    _prepare(files, sheet, overwrite)
     click.echo(f"seed {seed}", err=True)
-    images = []
+    made: list[Image] = []
     with Pipeline.open(bundle, target, threads=threads) as pipeline, bars() as progress:
         manifest = pipeline.bundle.manifest
-        steps = len(manifest.schedule(schedule).steps) if schedule in (None, *manifest.schedules) else 0
-        progress("generate", 0, len(files))
+        settings = pipeline.settings(negative_prompt=negative_prompt, guidance_scale=guidance, schedule=schedule)
+        done, total = 0, len(files) * settings.steps
+
+        def on_step(result: StepResult) -> None:
+            nonlocal done
+            done += len(result.latents)
+            progress("generate", done, total)
+
+        progress("generate", 0, total)
         for i, prompt in enumerate(prompts):
-            made = pipeline.generate(
-                prompt,
-                seed=seed,
-                count=count,
-                negative_prompt=negative_prompt,
-                guidance_scale=guidance,
-                schedule=schedule,
-                batch_size=batch_size,
-            )
-            for j, image in enumerate(made):
-                parameters = GenerationParameters(
-                    prompt=prompt,
-                    negative_prompt=manifest.guidance.negative_prompt if negative_prompt is None else negative_prompt,
-                    seed=seed + j,
-                    steps=steps,
-                    guidance_scale=manifest.guidance.scale if guidance is None else guidance,
-                    schedule=schedule or next(iter(manifest.schedules)),
-                    target=pipeline.target,
-                    width=image.width,
-                    height=image.height,
-                    bundle=manifest.name,
-                    bundle_sha256=pipeline.bundle.sha256,
-                    version=__version__,
+            for start in range(0, count, batch_size):
+                images = pipeline.generate(
+                    prompt,
+                    seed=seed + start,
+                    count=min(batch_size, count - start),
+                    negative_prompt=negative_prompt,
+                    guidance_scale=guidance,
+                    schedule=schedule,
+                    batch_size=batch_size,
+                    on_step=on_step,
                 )
-                file = files[i * count + j]
-                save_png(file, image, parameters, overwrite=overwrite)
-                record = {"file": str(file), "prompt": prompt, "seed": seed + j}
-                click.echo(json.dumps(record, ensure_ascii=False) if as_json else file)
-            images += made
-            progress("generate", len(images), len(files))
+                for j, image in enumerate(images, start):
+                    parameters = GenerationParameters(
+                        prompt=prompt,
+                        negative_prompt=settings.negative_prompt,
+                        seed=seed + j,
+                        steps=settings.steps,
+                        guidance_scale=settings.guidance_scale,
+                        schedule=settings.schedule,
+                        target=pipeline.target,
+                        width=image.width,
+                        height=image.height,
+                        bundle=manifest.name,
+                        bundle_sha256=pipeline.bundle.sha256,
+                        version=__version__,
+                    )
+                    file = files[i * count + j]
+                    save_png(file, image, parameters, overwrite=overwrite)
+                    record = {"file": str(file), "prompt": prompt, "seed": seed + j}
+                    echo(json.dumps(record) if as_json else os.fsencode(file))
+                if sheet:
+                    made += images
     if sheet:
-        _save_sheet(contact_sheet(images, columns=max(count, 3)), sheet)
+        _save_sheet(contact_sheet(made, columns=max(count, 3)), sheet)
 
 
 def _file_names(output: Path, prompts: Sequence[str], count: int, seed: int) -> list[Path]:
@@ -118,15 +136,29 @@ def _file_names(output: Path, prompts: Sequence[str], count: int, seed: int) -> 
     return names
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: {error.strerror}") from None
+def _prepare(files: Sequence[Path], sheet: Path | None, overwrite: bool) -> None:
+    """Make the folders, and refuse now what would fail when the images are there."""
+    if sheet and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"--sheet {sheet}: expected a name that ends in .png, .jpg or .webp")
+    if sheet in files:
+        raise InputError(f"--sheet {sheet}: an image goes there already; give another name")
+    outputs = dict.fromkeys(files, "-o") | ({sheet: "--sheet"} if sheet else {})
+    for file, option in outputs.items():
+        if os.path.lexists(file) and not overwrite:
+            raise OutputError(f"{file} exists; give --overwrite or another {option}")
+    for folder in {file.parent for file in outputs}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: {error.strerror}") from None
 
 
-def _save_sheet(image, sheet: Path) -> None:  # type: ignore[no-untyped-def]
+def _save_sheet(image: Image, sheet: Path) -> None:
+    draft = sheet.with_name(f".{secrets.token_hex(8)}{sheet.suffix}")
     try:
-        image.save(sheet)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{sheet}: {error}") from None
+        image.save(draft)
+        os.replace(draft, sheet)
+    except (OSError, ValueError) as error:  # ValueError: more pixels than the format takes
+        raise OutputError(f"{sheet}: cannot be written: {error}") from None
+    finally:
+        draft.unlink(missing_ok=True)

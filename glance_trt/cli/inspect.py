@@ -22,7 +22,7 @@ def command(bundle: Path, as_json: bool) -> None:
     """
     opened = Bundle.open(bundle)
     if as_json:
-        click.echo(json.dumps(strict.write(opened.manifest), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(strict.write(opened.manifest), indent=1))
         return
     for line in describe(opened.manifest):
         click.echo(line)
@@ -44,10 +44,11 @@ def describe(manifest: Manifest) -> list[str]:
     lines.append(f"  guidance     {modes}, scale {manifest.guidance.scale:g} by default")
     for name, schedule in manifest.schedules.items():
         lines.append(f"schedule {name}: {len(schedule.steps)} steps, initial noise x {schedule.initial_noise_scale:g}")
-        lines.append(f"  {'step':>4} {'phase':<8} {'timestep':>9}" + "".join(f"{c:>10}" for c in schedule.coefficients))
+        columns = "".join(f" {name:>10}" for name in schedule.coefficients)
+        lines.append(f"  {'step':>4} {'phase':<8} {'timestep':>10}{columns}")
         for i, step in enumerate(schedule.steps, start=1):
-            numbers = "".join(f"{value:10.5f}" for value in step.coefficients)
-            lines.append(f"  {i:>4} {step.phase:<8} {step.timestep:9.3f}{numbers}")
+            numbers = "".join(f" {value:10.5f}" for value in (step.timestep, *step.coefficients))
+            lines.append(f"  {i:>4} {step.phase:<8}{numbers}")
     sizes = {name: entry.size for name, entry in manifest.files.items()}
     lines.append("graphs")
     for name, graph in manifest.graphs.items():
@@ -59,7 +60,7 @@ def describe(manifest: Manifest) -> list[str]:
         lines.append(f"engines {name}: {engines.backend}, {engines.dtype}, {_size(total)}; needs {needs}")
     lines.append(f"files: {len(sizes)}, {_size(sum(sizes.values()))}")
     lines += [f"  {_size(size):>9}  {name}" for name, size in sizes.items()]
-    return lines
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # a bundle is not to be trusted
 
 
 def _size(count: int) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
+from typing import TextIO
 
 import click
 
 from glance_trt import __version__
-from glance_trt.errors import GlanceError
+from glance_trt.errors import GlanceError, TargetError
 
 _COMMANDS = ("distill", "build", "generate", "inspect", "verify", "bench", "doctor")
 
@@ -25,6 +27,13 @@ class _Commands(click.Group):
             return None
         command: click.Command = importlib.import_module(f"glance_trt.cli.{name}").command
         return command
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:  # the reader of stdout, such as `head`, has left; click would say exit code 1
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
+            return 128 + 13  # as a shell says that SIGPIPE ended a program
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,16 +56,25 @@ def main() -> None:
     except GlanceError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("glance_trt"):
+            raise
+        click.echo(f"error: this command needs {error.name}; glance-trt doctor says what to install", err=True)
+        code = TargetError.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         code = 130
-    except BrokenPipeError:  # the reader of stdout, such as `head`, has left
-        sys.stderr.close()
-        code = 141
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """This package's own warnings, in one line; those of libraries are not for the user."""
     if category.__module__.startswith("glance_trt."):
         click.echo(f"warning: {message}", err=True)

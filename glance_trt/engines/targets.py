@@ -27,7 +27,9 @@ class Target:
         if not 1 <= self.min_batch <= self.opt_batch <= self.max_batch:
             raise strict.Mismatch("min_batch, opt_batch, max_batch: expected 1 <= min <= opt <= max")
         if self.backend == "tensorrt-rtx" and not self.compute_capabilities:
-            raise strict.Mismatch('compute_capabilities: missing; a TensorRT-RTX plan needs at least one, such as "8.9"')
+            raise strict.Mismatch(
+                'compute_capabilities: missing; a TensorRT-RTX plan needs at least one, such as "8.9"'
+            )
 
 
 def load(name: str) -> Target:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,18 +29,22 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Pair:
-    """The two factors of one weight's update, ``scale * up @ down``: down [rank, in, ...], up [out, rank, ...]."""
+    """The two factors of one weight's update, ``scale * up @ down``: down [rank, in, ...], up [out, rank, 1...].
+
+    `alpha` is what the file declares for this weight, if it does.
+    """
 
     down: TensorRef
     up: TensorRef
     scale: float
+    alpha: float | None
 
 
 @dataclass(frozen=True)
 class Lora:
     """A LoRA file, its factors by the name of the weight they change.
 
-    `alpha` is nothing where the file does not give one; then the scale is 1 unless the recipe says otherwise.
+    `alpha` is nothing where the file does not give one for all weights alike. `scale` is that of the first weight.
     """
 
     file: Path
@@ -48,10 +53,26 @@ class Lora:
     scale: float
 
 
+@dataclass(frozen=True)
+class _Declared:
+    """What an adapter configuration says of scales: alpha, alphas by a pattern of module names, and rsLoRA
+    (arXiv 2312.03732), which divides alpha by the root of the rank."""
+
+    alpha: float | None = None
+    patterns: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilised: bool = False
+
+    def alpha_of(self, module: str) -> float | None:
+        """The alpha of a module, patterns first, as PEFT matches them."""
+        return next((a for p, a in self.patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), self.alpha)
+
+
 def read(path: Path, weights: Mapping[str, TensorRef], scale: float | None = None) -> Lora:
     """Read a LoRA for a model whose tensors are `weights`.
 
-    `scale` overrides alpha / rank. Every key must match a weight, else `LoraError` lists those that do not.
+    `scale` overrides alpha / rank. Where the file has neither alpha tensors nor a configuration (diffusers' in its
+    metadata, PEFT's ``adapter_config.json`` beside ``adapter_model.safetensors``), the scale is 1. Every key must match
+    a weight, else `LoraError` lists those that do not.
     """
     if not path.is_file():
         raise LoraError(f"{path}: no such LoRA file; train one with: glance-trt distill RECIPE")
@@ -65,33 +86,35 @@ def read(path: Path, weights: Mapping[str, TensorRef], scale: float | None = Non
         for mark, kind in _REFUSED.items():
             if mark in key:
                 raise LoraError(f"{path}: {key} belongs to a {kind} adapter; only plain LoRA can be fused")
-    known = _module_names(weights)
-    downs, ups, alphas, unmatched = _sort_keys(tensors, known)
-    if unmatched:
-        shown = "\n  ".join(unmatched[:8]) + (f"\n  and {len(unmatched) - 8} more" if len(unmatched) > 8 else "")
-        raise LoraError(
-            f"{path}: {len(unmatched)} of {len(tensors)} keys match nothing in the model; is it a LoRA for another "
-            f"family or component?\n  {shown}"
-        )
-    declared = _declared_alphas(metadata)
-    pairs, seen = {}, set()
-    for module in downs:
-        if module not in ups:
-            raise LoraError(f"{path}: {module} has a down factor and no up factor")
-        down, up, base = downs[module], ups[module], weights[f"{module}.weight"]
-        rank = down.shape[0]
-        if (up.shape[0], down.shape[1:]) != (base.shape[0], base.shape[1:]) or up.shape[1] != rank:
+    downs, ups, alphas = _sort_keys(path, tensors, _module_names(weights))
+    for module in [*downs, *ups, *alphas]:
+        for kind, found in (("down", downs), ("up", ups)):
+            if module not in found:
+                raise LoraError(f"{path}: {module} has no {kind} factor; the file is incomplete")
+        if module in alphas and math.prod(alphas[module].shape) != 1:
+            raise LoraError(
+                f"{path}: the alpha of {module} has shape {list(alphas[module].shape)}; expected one number"
+            )
+    declared = _declared(path, metadata)
+    pairs = {}
+    for module, down in downs.items():
+        up, base = ups[module], weights[f"{module}.weight"]
+        rank = down.shape[0] if down.shape else 0
+        expected_up = (*base.shape[:1], rank, *(1,) * len(base.shape[2:]))
+        if not rank or down.shape[1:] != base.shape[1:] or up.shape != expected_up:
             raise LoraError(
                 f"{path}: {module}: factors {list(up.shape)} x {list(down.shape)} do not fit the weight "
                 f"{list(base.shape)}; is it a LoRA for another model?"
             )
-        alpha = alphas[module].read().item() if module in alphas else _lookup(declared, module)
-        seen.add(alpha)
-        pairs[f"{module}.weight"] = Pair(down, up, scale if scale is not None else 1.0 if alpha is None else alpha / rank)
-    if missing := sorted(ups.keys() - downs.keys()):
-        raise LoraError(f"{path}: {missing[0]} has an up factor and no down factor")
+        alpha = alphas[module].read().item() if module in alphas else declared.alpha_of(module)
+        if scale is not None or alpha is None:
+            chosen = 1.0 if scale is None else scale
+        else:
+            chosen = alpha / (math.sqrt(rank) if declared.rank_stabilised else rank)
+        pairs[f"{module}.weight"] = Pair(down, up, chosen, alpha)
+    given = {pair.alpha for pair in pairs.values()}
     first = next(iter(pairs.values()))
-    return Lora(path, pairs, seen.pop() if len(seen) == 1 else None, first.scale)
+    return Lora(path, pairs, first.alpha if len(given) == 1 else None, first.scale)
 
 
 def fused(base: TensorRef, pair: Pair) -> Fused:
@@ -112,51 +135,54 @@ def _module_names(weights: Mapping[str, TensorRef]) -> dict[str, str]:
 
 
 def _sort_keys(
-    tensors: Mapping[str, TensorRef], known: Mapping[str, str]
-) -> tuple[dict[str, TensorRef], dict[str, TensorRef], dict[str, TensorRef], list[str]]:
+    path: Path, tensors: Mapping[str, TensorRef], known: Mapping[str, str]
+) -> tuple[dict[str, TensorRef], dict[str, TensorRef], dict[str, TensorRef]]:
+    """Down factors, up factors and alphas by module. Raises `LoraError` for what is none of these."""
     downs: dict[str, TensorRef] = {}
     ups: dict[str, TensorRef] = {}
     alphas: dict[str, TensorRef] = {}
     unmatched = []
     for key, tensor in tensors.items():
         for pattern, found in ((_DOWN, downs), (_UP, ups), (_ALPHA, alphas)):
-            if match := pattern.fullmatch(key):
-                if module := _module(match[1], known):
-                    found[module] = tensor
-                else:
-                    unmatched.append(key)
+            if (match := pattern.fullmatch(key)) and (module := _module(match[1], known)):
+                if module in found:
+                    raise LoraError(f"{path}: {key} is not the only one of its kind for {module}")
+                found[module] = tensor
                 break
         else:
             unmatched.append(key)
-    return downs, ups, alphas, unmatched
+    if unmatched:
+        shown = "\n  ".join(unmatched[:8]) + (f"\n  and {len(unmatched) - 8} more" if len(unmatched) > 8 else "")
+        raise LoraError(
+            f"{path}: {len(unmatched)} of {len(tensors)} keys match nothing in the model; is it a LoRA for another "
+            f"family or component? (Only the denoiser's are fused; a text encoder's have to be removed.)\n  {shown}"
+        )
+    return downs, ups, alphas
 
 
 def _module(name: str, known: Mapping[str, str]) -> str | None:
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     # Attention processors of early diffusers versions: attn1.processor.to_out_lora, for attn1.to_out.0
-    name = name.replace(".processor.", ".").removesuffix("_lora")
+    name = name.replace(".processor.", ".")
     return known.get(name) or known.get(f"{name}.0")
 
 
-def _declared_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Alphas from the adapter configuration that diffusers and PEFT write into the metadata; ``""`` is the default."""
+def _declared(path: Path, metadata: Mapping[str, str]) -> _Declared:
+    """The adapter configuration that diffusers writes into the metadata, or PEFT beside the file."""
+    beside = path.with_name("adapter_config.json")
     try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        return {}
-    alphas: dict[str, float] = {}
-    for key, value in config.items():
-        name = key.removeprefix("unet.").removeprefix("transformer.")
-        if name == "lora_alpha":
-            alphas[""] = float(value)
-        elif name == "alpha_pattern":
-            alphas |= {pattern: float(alpha) for pattern, alpha in value.items()}
-    return alphas
-
-
-def _lookup(alphas: Mapping[str, float], module: str) -> float | None:
-    for pattern, alpha in alphas.items():
-        if pattern and (module == pattern or module.endswith(f".{pattern}")):
-            return alpha
-    return alphas.get("")
+        if "lora_adapter_metadata" in metadata:
+            config = json.loads(metadata["lora_adapter_metadata"])
+        elif path.name == "adapter_model.safetensors" and beside.is_file():
+            path, config = beside, json.loads(beside.read_text(encoding="utf-8"))
+        else:
+            return _Declared()
+        own = {key.removeprefix("unet.").removeprefix("transformer."): value for key, value in config.items()}
+        patterns = {key: float(value) for key, value in (own.get("alpha_pattern") or {}).items()}
+        for pattern in patterns:
+            re.compile(pattern)
+        alpha = own.get("lora_alpha")
+        return _Declared(None if alpha is None else float(alpha), patterns, bool(own.get("use_rslora")))
+    except (OSError, ValueError, TypeError, AttributeError, re.error) as error:
+        raise LoraError(f"{path}: its adapter configuration is not readable: {error}") from None

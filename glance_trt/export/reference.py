@@ -29,7 +29,9 @@ class DiffusersReference:
         self._pipe = StableDiffusionPipeline.from_pretrained(folder / recipe.model, torch_dtype=torch.float32)
         self._pipe.set_progress_bar_config(disable=True)
         if not isinstance(self._pipe.scheduler, DDIMScheduler):
-            raise RecipeError(f"{recipe.model}: whole images are compared for DDIM schedules only; this model has another")
+            raise RecipeError(
+                f"{recipe.model}: whole images are compared for DDIM schedules only; this model has another"
+            )
         for phase in recipe.phases:
             if phase.lora:
                 self._pipe.load_lora_weights(str(folder / phase.lora.file), adapter_name=phase.name)
@@ -43,9 +45,7 @@ class DiffusersReference:
         """One image per seed, [B, height, width, 3] uint8."""
         guidance, pipe = self._recipe.guidance, self._pipe
         cfg = guidance.mode == "cfg"
-        embeds, negative = pipe.encode_prompt(
-            prompt, "cpu", len(seeds), cfg, negative_prompt=guidance.negative_prompt
-        )
+        embeds, negative = pipe.encode_prompt(prompt, "cpu", len(seeds), cfg, negative_prompt=guidance.negative_prompt)
         shape = (1, pipe.unet.config.in_channels, self._recipe.height, self._recipe.width)
         scale = pipe.vae_scale_factor
         shape = (*shape[:2], shape[2] // scale, shape[3] // scale)

@@ -22,10 +22,15 @@ from glance_trt.export.weights import TensorRef
 
 OPSET = 20
 INLINE_LIMIT = 4096
-"""Bytes; a larger constant in a graph would be a weight that lost its name."""
+"""Bytes; a larger constant in a graph is taken for a weight that lost its name."""
 
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
-_STORED = {"F64": ir.DataType.DOUBLE, "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+_STORED = {
+    "F64": ir.DataType.DOUBLE,
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+}
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Source:
     """A graph to be traced.
 
     `build` makes the module, in any dtype; its forward takes `inputs` in order and returns `outputs`. `prefix`
-    leads from the module's state-dict names to the weights' names. `sizes` gives example values (at least 2) for the
-    named dimensions, and `multiple` says which of them must be multiples of what.
+    leads from the module's state-dict names to the weights' names. For the named dimensions (``h`` in ``8*h``), `sizes`
+    gives example values, at least 2, and `limits` the largest ones.
     """
 
     name: str
@@ -49,7 +54,8 @@ class Source:
 def trace(source: Source, dtype: str) -> ir.Model:
     """The optimised graph in compute dtype `dtype`, its initializers named like the weights and without data.
 
-    No weight is allocated: parameters are fake tensors throughout.
+    No weight is allocated: parameters are fake tensors throughout. Raises `ModelError` for a model with a constant of
+    more than `INLINE_LIMIT` bytes that is no weight.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _quiet(), torch.no_grad():
@@ -85,12 +91,14 @@ def trace(source: Source, dtype: str) -> ir.Model:
     optimize_ir(model, onnx_shape_inference=False)
     _inputs_to_weights(model, weights)
     _strip(model)
+    _check_constants(model, source.name)
     return model
 
 
-def weight_names(model: ir.Model) -> list[str]:
-    """The names of the weights that a traced graph uses."""
-    return [name for name, value in model.graph.initializers.items() if isinstance(value.const_value, ir.ExternalTensor)]
+def parameter_names(source: Source) -> list[str]:
+    """The names of all weights of a module, which need not exist for it."""
+    with _quiet(), _fake_parameters(FakeTensorMode(), torch.float32):
+        return [name.removeprefix(source.prefix) for name in source.build().state_dict()]
 
 
 def bind(model: ir.Model, tensors: Mapping[str, TensorRef], path: Path) -> tuple[str, ...]:
@@ -112,6 +120,8 @@ def bind(model: ir.Model, tensors: Mapping[str, TensorRef], path: Path) -> tuple
                 f"{ref.file}: {name} has shape {list(ref.shape)}, the model's configuration says "
                 f"{list(value.const_value.shape)}"
             )
+        if ref.dtype not in _STORED:
+            raise ModelError(f"{ref.file}: {name} has dtype {ref.dtype}; a weight has one of {', '.join(_STORED)}")
         wanted, stored = value.const_value.dtype, _STORED[ref.dtype]
         value.const_value = _external(name, stored, ref.shape, ref.file.name, ref.offset, ref.length, path.parent)
         value.dtype = stored
@@ -145,7 +155,7 @@ def _weights_to_inputs(model: ir.Model, names: Iterable[str], prefix: str) -> li
         assert value.name is not None and value.const_value is not None
         del model.graph.initializers[value.name]
         value.name = value.name.removeprefix(prefix)
-        value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+        value.shape, value.dtype = ir.Shape(value.const_value.shape.numpy()), value.const_value.dtype
         value.const_value = None
         model.graph.inputs.append(value)
     return weights
@@ -178,6 +188,20 @@ def _strip(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
+def _check_constants(model: ir.Model, name: str) -> None:
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        tensors += [a.as_tensor() for a in node.attributes.values() if a.type == ir.AttributeType.TENSOR]
+    largest = max(
+        (tensor.nbytes for tensor in tensors if tensor and not isinstance(tensor, ir.ExternalTensor)), default=0
+    )
+    if largest > INLINE_LIMIT:
+        raise ModelError(
+            f"{name}: the traced graph holds a constant of {largest} bytes; those above {INLINE_LIMIT} must come from "
+            "the model's weights files, so this variant of the model is not supported"
+        )
+
+
 def _name_dimensions(values: Sequence[ir.Value], ports: Sequence[Port]) -> None:
     for value, port in zip(values, ports, strict=True):
         value.shape = ir.Shape(port.shape)
@@ -197,8 +221,10 @@ def _dimension(dim: str, symbols: Mapping[str, object]) -> object:
 
 @contextlib.contextmanager
 def _fake_parameters(mode: FakeTensorMode, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters become fake, and of `dtype`, as they are registered, before anything writes to them; buffers stay real, because the
-    values of those that are not saved (position ids, frequency tables) belong into the graph."""
+    """Parameters become fake, and of `dtype`, as they are registered, before anything writes to them.
+
+    Buffers stay real: the values of those that are not saved (position ids, frequency tables) belong into the graph.
+    """
     register = nn.Module.register_parameter
 
     def register_fake(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

@@ -19,8 +19,15 @@ import torch
 from glance_trt.errors import ModelError
 from glance_trt.progress import Progress, silent
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Supported tensor types, by their safetensors names."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+"""Supported tensor types, by their safetensors names. Text encoders of old files hold integers: position ids."""
 
 _HEADER_LIMIT = 100 << 20
 _BLOCK = 8 << 20
@@ -55,11 +62,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
             if length > min(size - 8, _HEADER_LIMIT):
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
         tensors = {}
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
+            if not all(isinstance(n, int) and n >= 0 for n in shape):
+                raise ValueError(f"{name} has the shape {list(shape)}")
             if not 0 <= start <= end <= size - 8 - length:
                 raise ValueError(f"{name} lies outside the file, which may be truncated")
             if entry["dtype"] not in DTYPES:
@@ -69,7 +78,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
             tensors[name] = TensorRef(path, entry["dtype"], shape, 8 + length + start, end - start)
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except struct.error:
+        raise ModelError(f"{path}: not a readable safetensors file: it has only {size} bytes") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
     return tensors, metadata
 
@@ -97,9 +108,12 @@ def component_tensors(folder: Path) -> dict[str, TensorRef]:
 def _sharded(index: Path) -> dict[str, TensorRef]:
     try:
         names = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+        files = sorted(set(names.values()))
+        if strange := [file for file in files if Path(file).name != file]:
+            raise ValueError(f"{strange[0]!r} is not the name of a file beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: not a readable index: {error}") from None
-    shards = {file: read_header(index.parent / file)[0] for file in sorted(set(names.values()))}
+    shards = {file: read_header(index.parent / file)[0] for file in files}
     for name, file in names.items():
         if name not in shards[file]:
             raise ModelError(f"{index}: {name} should be in {file}, which does not have it")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import threading
 import time
 import warnings
 from collections import OrderedDict
@@ -15,20 +17,37 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from glance_trt.bundle import Bundle, Schedule
+from glance_trt import limits
+from glance_trt.bundle import Bundle
 from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.noise import initial_latents
 from glance_trt.runtime.runners import Runner, open_runner
 from glance_trt.runtime.tokenizing import Tokenizer
 
 Arrays = dict[str, NDArray[Any]]
+Values = dict[tuple[str, str], NDArray[Any]]
+"""By the two parts of a port's source, such as ``("condition", "prompt_embeds")``."""
 
 _CACHED_PROMPTS = 64
 _DEFAULT_BATCH = 4
+_SHOWN_TEXT = 200  # characters of a cut prompt that a warning shows
 
 
 class PromptTruncated(UserWarning):
     """A prompt was longer than the text encoder takes; the message shows what was cut."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a prompt is denoised with, once the bundle's defaults are filled in.
+
+    schedule: its name. guidance_scale: 1 and negative_prompt: '' where the schedule's graphs take none.
+    """
+
+    schedule: str
+    steps: int
+    guidance_scale: float
+    negative_prompt: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class Pipeline:
     """A bundle, opened for one target. Use it as a context manager, or `close` it, to release the engines.
 
     One pipeline may be used from several threads at once: what it keeps between calls are its engines, which are
-    thread-safe, and a cache of prompt embeddings, whose entries are replaced whole.
+    thread-safe, and a cache of prompt embeddings, which is locked.
     """
 
     def __init__(self, bundle: Bundle, target: str, runner: Runner) -> None:
@@ -69,10 +88,8 @@ class Pipeline:
             graph: [(port.name, *port.source.partition(".")[::2]) for port in item.inputs]
             for graph, item in manifest.graphs.items()
         }
-        self._guided = {
-            graph: any(kind == "guidance_scale" for _, kind, _ in sources) for graph, sources in self._sources.items()
-        }
-        self._embeddings: OrderedDict[str, Arrays] = OrderedDict()
+        self._embeddings: OrderedDict[bytes, Arrays] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, bundle: str | Path | Bundle, target: str | None = None, *, threads: int | None = None) -> Pipeline:
@@ -113,17 +130,12 @@ class Pipeline:
         """
         if count < 1 or batch_size < 1:
             raise InputError(f"count and batch_size: expected at least 1, got {count} and {batch_size}")
+        settings = self.settings(negative_prompt=negative_prompt, guidance_scale=guidance_scale, schedule=schedule)
+        latents = self._noise(settings, seed, count)
+        conditions = self._conditions(prompt, settings)
         images: list[Image.Image] = []
         for start in range(0, count, batch_size):
-            steps = self.steps(
-                prompt,
-                seed=seed + start,
-                count=min(batch_size, count - start),
-                negative_prompt=negative_prompt,
-                guidance_scale=guidance_scale,
-                schedule=schedule,
-            )
-            for result in steps:
+            for result in self._denoise(latents[start : start + batch_size], conditions, settings):
                 if on_step:
                     on_step(result)
             images += [Image.fromarray(pixels) for pixels in self.decode(result.latents)]
@@ -140,36 +152,70 @@ class Pipeline:
         schedule: str | None = None,
     ) -> Iterator[StepResult]:
         """Denoise a batch of `count` images, one step at a time; arguments as in `generate`."""
-        table = self._schedule(schedule)
-        values = self._conditions(prompt, negative_prompt, guidance_scale, table, count)
-        latents = initial_latents(self.bundle.manifest.image.latent_shape, seed, count)
-        latents *= np.float32(table.initial_noise_scale)
-        return self._denoise(latents, values, table)
+        settings = self.settings(negative_prompt=negative_prompt, guidance_scale=guidance_scale, schedule=schedule)
+        latents = self._noise(settings, seed, count)
+        return self._denoise(latents, self._conditions(prompt, settings), settings)
+
+    def settings(
+        self,
+        *,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        schedule: str | None = None,
+    ) -> Settings:
+        """What `generate` makes of these arguments. Raises `InputError`."""
+        manifest = self.bundle.manifest
+        name = next(iter(manifest.schedules)) if schedule is None else schedule
+        if name not in manifest.schedules:
+            raise InputError(f"schedule {name!r}: this bundle has {', '.join(manifest.schedules)}")
+        kinds = self._kinds(name)
+        scale, negative = 1.0, ""
+        if "guidance_scale" in kinds:
+            scale = manifest.guidance.scale if guidance_scale is None else guidance_scale
+            if not isinstance(scale, numbers.Real) or not abs(scale) <= limits.FLOAT32:
+                raise InputError(f"guidance scale: expected a finite number, got {scale!r}")
+        elif guidance_scale is not None:
+            raise InputError("guidance scale: this bundle was built without guidance; leave it out")
+        if "negative" in kinds:
+            negative = manifest.guidance.negative_prompt if negative_prompt is None else negative_prompt
+        elif negative_prompt is not None:
+            raise InputError("negative prompt: this bundle was built without one; leave it out")
+        return Settings(name, len(manifest.schedules[name].steps), float(scale), negative)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """latents [B, C, H, W] float32 to pixels [B, height, width, 3] uint8."""
         return self._run("decoder", {("latents", ""): latents})
 
-    def encode(self, prompt: str) -> Arrays:
-        """The text encoder's outputs for one prompt, by name, each [1, ...]. The arrays are shared: do not write."""
-        if (known := self._embeddings.get(prompt)) is not None:
-            return known
+    def encode(self, prompt: str, *, name: str = "prompt") -> Arrays:
+        """The text encoder's outputs for one prompt, by name, each [1, ...]; shared and therefore read-only.
+
+        `name` is what errors and warnings call the prompt. Raises `InputError`.
+        """
         feeds: Arrays = {}
-        for name, kind, tokenizer in self._sources["text_encoder"]:
-            assert kind == "tokens"
-            encoded = self._tokenizers[tokenizer].encode(prompt)
+        for port, _, tokenizer in self._sources["text_encoder"]:
+            try:
+                encoded = self._tokenizers[tokenizer].encode(prompt)
+            except InputError as error:
+                raise InputError(str(error).replace("prompt", name, 1)) from None
             if encoded.dropped:
                 limit = self.bundle.manifest.tokenizers[tokenizer].max_length
-                warnings.warn(
-                    f"prompt: longer than the {limit} tokens of the text encoder; cut: {encoded.dropped!r}",
-                    PromptTruncated,
-                    stacklevel=2,
-                )
-            feeds[name] = encoded.ids[np.newaxis]
+                cut = encoded.dropped.strip()
+                cut = cut if len(cut) <= _SHOWN_TEXT else f"{cut[: _SHOWN_TEXT - 3]}..."
+                text = f"{name}: longer than the {limit} tokens of the text encoder; cut: {cut!r}"
+                warnings.warn(text, PromptTruncated, stacklevel=2)
+            feeds[port] = encoded.ids[np.newaxis]
+        key = b"".join(ids.tobytes() for ids in feeds.values())
+        with self._lock:
+            if key in self._embeddings:
+                self._embeddings.move_to_end(key)
+                return self._embeddings[key]
         result = self.runner.run("text_encoder", feeds)
-        self._embeddings[prompt] = result
-        if len(self._embeddings) > _CACHED_PROMPTS:
-            self._embeddings.popitem(last=False)
+        for value in result.values():
+            value.flags.writeable = False
+        with self._lock:
+            self._embeddings[key] = result
+            if len(self._embeddings) > _CACHED_PROMPTS:
+                self._embeddings.popitem(last=False)
         return result
 
     def close(self) -> None:
@@ -182,37 +228,29 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _schedule(self, name: str | None) -> Schedule:
-        schedules = self.bundle.manifest.schedules
-        if name is not None and name not in schedules:
-            raise InputError(f"schedule {name!r}: this bundle has {', '.join(schedules)}")
-        return self.bundle.manifest.schedule(name)
+    def _kinds(self, schedule: str) -> set[str]:
+        """What the graphs of a schedule are fed: the kinds of their inputs' sources."""
+        phases = {step.phase for step in self.bundle.manifest.schedules[schedule].steps}
+        return {kind for phase in phases for _, kind, _ in self._sources[f"denoiser.{phase}"]}
 
-    def _conditions(
-        self, prompt: str, negative: str | None, scale: float | None, table: Schedule, count: int
-    ) -> dict[tuple[str, str], NDArray[Any]]:
-        """Every value that stays the same over the steps, by source."""
-        defaults = self.bundle.manifest.guidance
-        guided = any(self._guided[f"denoiser.{step.phase}"] for step in table.steps)
-        if not guided and (negative is not None or scale is not None):
-            raise InputError("guidance: this bundle was built without it; it takes no guidance scale and no negative prompt")
+    def _conditions(self, prompt: str, settings: Settings) -> Values:
+        """The values that stay the same over the steps, for one image."""
         if isinstance(prompt, str) and not prompt.strip():
             raise InputError("prompt: empty; say what the image should show")
-        values: dict[tuple[str, str], NDArray[Any]] = {
-            ("condition", name): np.repeat(value, count, axis=0) for name, value in self.encode(prompt).items()
-        }
-        if guided:
-            scale = defaults.scale if scale is None else scale
-            if not np.isfinite(scale):
-                raise InputError(f"guidance scale: expected a finite number, got {scale}")
-            values["guidance_scale", ""] = np.array(scale, np.float32)
-            encoded = self.encode(defaults.negative_prompt if negative is None else negative)
-            values |= {("negative", name): np.repeat(value, count, axis=0) for name, value in encoded.items()}
+        values = {("condition", name): value for name, value in self.encode(prompt).items()}
+        if "negative" in self._kinds(settings.schedule):
+            encoded = self.encode(settings.negative_prompt, name="negative prompt")
+            values |= {("negative", name): value for name, value in encoded.items()}
         return values
 
-    def _denoise(
-        self, latents: NDArray[np.float32], values: dict[tuple[str, str], NDArray[Any]], table: Schedule
-    ) -> Iterator[StepResult]:
+    def _noise(self, settings: Settings, seed: int, count: int) -> NDArray[np.float32]:
+        scale = self.bundle.manifest.schedules[settings.schedule].initial_noise_scale
+        return initial_latents(self.bundle.manifest.image.latent_shape, seed, count) * np.float32(scale)
+
+    def _denoise(self, latents: NDArray[np.float32], conditions: Values, settings: Settings) -> Iterator[StepResult]:
+        values = {source: np.repeat(value, len(latents), axis=0) for source, value in conditions.items()}
+        values["guidance_scale", ""] = np.array(settings.guidance_scale, np.float32)
+        table = self.bundle.manifest.schedules[settings.schedule]
         for index, step in enumerate(table.steps, start=1):
             start = time.perf_counter()
             values["latents", ""] = latents
@@ -221,6 +259,6 @@ class Pipeline:
             latents = self._run(f"denoiser.{step.phase}", values)
             yield StepResult(index, step.phase, latents, (time.perf_counter() - start) * 1e3)
 
-    def _run(self, graph: str, values: dict[tuple[str, str], NDArray[Any]]) -> NDArray[Any]:
+    def _run(self, graph: str, values: Values) -> NDArray[Any]:
         feeds = {name: values[kind, rest] for name, kind, rest in self._sources[graph]}
         return next(iter(self.runner.run(graph, feeds).values()))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import weakref
@@ -159,8 +158,7 @@ def test_an_expert_beats_the_base_on_fresh_noise(home: Path, make_recipe: MakeRe
         before = loss_of_step(torch.Generator().manual_seed(99)).value.item()
         loaded.unet.load_lora_adapter(file, prefix="unet")
         after = loss_of_step(torch.Generator().manual_seed(99)).value.item()
-    print("MEASURED", before, after)
-    assert after < 0.97 * before
+    assert after < 0.95 * before
 
 
 def test_saved_lora_gives_the_trained_output_in_a_fresh_diffusers_pipeline(
@@ -242,7 +240,6 @@ def test_base_weights_are_bit_identical_after_training(
         return found
 
     def fit_without_encoders(*args: Any, **options: Any) -> None:
-        gc.collect()
         assert [reference() for reference in gone] == [None, None]
         fit(*args, **options)
 

@@ -109,6 +109,11 @@ def renamed(name: str, other: str) -> Damage:
     return lambda folder: (folder / name).rename(folder / other) and None
 
 
+def grown_to_4_tb(name: str) -> Damage:
+    """Append a hole to a file."""
+    return lambda folder: os.truncate(folder / name, 1 << 42)
+
+
 def _write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
@@ -134,11 +139,6 @@ def _flip(data: bytes) -> bytes:
     return bytes([data[0] ^ 1]) + data[1:]
 
 
-def _sparse(folder: Path) -> None:
-    with open(folder / VICTIM, "r+b") as file:
-        file.truncate(1 << 42)
-
-
 _NOT_REGULAR = "not a regular file; links and folders are not allowed in a bundle"
 _NO_NAME = "is no valid name; names are 1 to 64 of A-Z a-z 0-9 . _ -, not . or .."
 
@@ -150,6 +150,7 @@ ATTACKS = [
     Attack("manifest cut", written("bundle.json", lambda data: data[:-9]), "bundle.json: not valid JSON"),
     Attack("manifest with a tail", written("bundle.json", lambda data: data + b"{}"), "not valid JSON: Extra data"),
     Attack("manifest huge", written("bundle.json", lambda data: data + b" " * (1 << 20)), "more than 1048576 bytes"),
+    Attack("manifest of 4 TB", grown_to_4_tb("bundle.json"), "bundle.json: more than 1048576 bytes"),
     Attack("manifest in UTF-16", written("bundle.json", lambda data: data.decode().encode("utf-16")), "not valid JSON"),
     Attack("manifest with a byte order mark", written("bundle.json", lambda data: b"\xef\xbb\xbf" + data), "BOM"),
     Attack(
@@ -392,7 +393,7 @@ ATTACKS = [
     Attack("file missing", lambda folder: (folder / VICTIM).unlink(), f"{VICTIM}: missing; build the bundle again"),
     Attack("file cut", written(VICTIM, lambda data: data[:-1]), f"{VICTIM}: {SIZE - 1} bytes, expected {SIZE}"),
     Attack("file grown", written(VICTIM, lambda data: data + b"\n"), f"{VICTIM}: {SIZE + 1} bytes, expected {SIZE}"),
-    Attack("file grown to 4 TB", _sparse, f"{VICTIM}: 4398046511104 bytes, expected {SIZE}"),
+    Attack("file grown to 4 TB", grown_to_4_tb(VICTIM), f"{VICTIM}: 4398046511104 bytes, expected {SIZE}"),
     Attack("file altered", written(VICTIM, _flip), f"{VICTIM}: altered (its SHA-256 is not the listed one)"),
     Attack("file altered in the manifest", put("files", VICTIM, "sha256", "0" * 64), f"{VICTIM}: altered"),
     Attack(
@@ -422,7 +423,7 @@ LATE_ATTACKS = [
     Attack("altered", written(VICTIM, _flip), f"{VICTIM}: altered"),
     Attack("replaced", replaced(VICTIM, lambda path: path.write_bytes(b"x" * SIZE)), f"{VICTIM}: altered"),
     Attack("cut", written(VICTIM, lambda data: data[:-1]), f"{VICTIM}: {SIZE - 1} bytes, expected {SIZE}"),
-    Attack("grown to 4 TB", _sparse, f"{VICTIM}: 4398046511104 bytes, expected {SIZE}"),
+    Attack("grown to 4 TB", grown_to_4_tb(VICTIM), f"{VICTIM}: 4398046511104 bytes, expected {SIZE}"),
     Attack("replaced by an endless link", replaced(VICTIM, lambda path: path.symlink_to("/dev/zero")), _NOT_REGULAR),
     Attack("replaced by a link out", lambda folder: _link_to_itself_elsewhere(folder / VICTIM), _NOT_REGULAR),
     Attack("replaced by a folder", replaced(VICTIM, Path.mkdir), _NOT_REGULAR),

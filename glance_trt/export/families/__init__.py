@@ -40,7 +40,9 @@ def open_model(model: Path, recipe: Recipe) -> Family:
     from glance_trt.export.families.stable_diffusion import StableDiffusion
 
     supported = {"StableDiffusionPipeline": StableDiffusion}
-    found = read_json(model / "model_index.json", f"{model}: not a diffusers pipeline folder, it has no model_index.json")
+    found = read_json(
+        model / "model_index.json", f"{model}: not a diffusers pipeline folder, it has no model_index.json"
+    )
     name = found.get("_class_name")
     if name not in supported:
         raise ModelError(f"{model}: {name} is not supported; supported pipelines: {', '.join(supported)}")

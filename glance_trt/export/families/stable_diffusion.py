@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from glance_trt.recipe import Recipe
 # UNet2DConditionModel's upsampler takes another path from a batch of 64 on (a workaround for a bfloat16 kernel that
 # counted in 32 bits); guidance doubles the batch, so 31 images are what one traced graph can promise.
 _MAX_BATCH = 31
+
+# What early diffusers versions, and so the published files of Stable Diffusion 1, call the VAE's attention.
+_OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_VAE_ATTENTION = re.compile(rf"(decoder\.mid_block\.attentions\.\d+\.)({'|'.join(_OLD_VAE_NAMES)})(\.\w+)")
 
 
 class Step(nn.Module):
@@ -114,7 +119,9 @@ class StableDiffusion:
         }
         unet = self._configs["unet"]
         if unet.get("class_embed_type") or unet.get("addition_embed_type"):
-            raise ModelError(f"{model / 'unet'}: a UNet with class or added embeddings is not Stable Diffusion 1.x or 2.x")
+            raise ModelError(
+                f"{model / 'unet'}: a UNet with class or added embeddings is not Stable Diffusion 1.x or 2.x"
+            )
 
     def sources(self) -> dict[str, Source]:
         unet, text, vae = (self._configs[part] for part in ("unet", "text_encoder", "vae"))
@@ -171,6 +178,8 @@ class StableDiffusion:
         return GuidedStep(unet, guidance.rescale) if guidance.mode == "cfg" else Step(unet)
 
     def weight_name(self, name: str) -> str:
+        if match := _VAE_ATTENTION.fullmatch(name):
+            return f"{match[1]}{_OLD_VAE_NAMES[match[2]]}{match[3]}"
         # Until transformers 5 the modules of CLIPTextModel lay one level deeper.
         return f"text_model.{name}"
 
@@ -194,6 +203,9 @@ class StableDiffusion:
         return Image(recipe.height, recipe.width, unet["in_channels"], scale)
 
     def tokenizers(self) -> dict[str, tuple[str, int, int]]:
-        tokenizer = CLIPTokenizer.from_pretrained(self._model / "tokenizer")
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(self._model / "tokenizer", local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"{self._model / 'tokenizer'}: not a readable CLIP tokenizer: {error}") from None
         length = self._configs["text_encoder"]["max_position_embeddings"]
         return {"tokenizer": (tokenizer.backend_tokenizer.to_str(), length, tokenizer.pad_token_id)}
