@@ -261,7 +261,7 @@ class _Build:
             def make(folder: Path, group: str = group, files: Any = files, ranges: Any = ranges) -> Iterator[str]:
                 built = backends.build(target, files, ranges, group=group, directory=folder, progress=self.progress)
                 for engine in built.values():
-                    yield from {engine.file, *engine.weights}
+                    yield from (engine.file, *engine.weights)
 
             inputs = [self.staging.key(file) for name in members for file in (files[name].name, *graphs[name].weights)]
             self.staging.stage(key_of("engine", strict.write(target), requires, ranges, inputs), make)

@@ -58,7 +58,7 @@ class Staging:
         """
         if not self._has(key):
             with self._scratch() as scratch:
-                self._accept(key, list(make(scratch)))
+                self._accept(key, list(dict.fromkeys(make(scratch))))
         return self._finished[key]
 
     def key(self, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,14 @@ def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bundles") / "shapes.bundle"
     build(str(REPOSITORY / "export/shapes.yaml"), output, engines=["cpu"])
     return output
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of tiny generated graphs with engines for the CPU; copy it before changing it."""
+    from .models import tiny
+
+    return tiny.make_bundle(tmp_path_factory.mktemp("tiny") / "tiny.bundle")
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +86,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def traced() -> Callable[..., Any]:
+    """`trace.trace` of the tiny model's graphs; each takes seconds, so is made once per run."""
+    from glance_trt.export import trace
+
+    known: dict[str, Any] = {}
+    real = trace.trace
+
+    def trace_once(source: Any, dtype: str) -> Any:
+        key = repr((source.inputs, source.outputs, dtype))
+        if key not in known:
+            known[key] = real(source, dtype)
+        return known[key]
+
+    return trace_once
 
 
 @pytest.fixture(scope="session")

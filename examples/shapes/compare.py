@@ -1,6 +1,6 @@
 """Draws the README's picture: teacher at 50 steps, Glance at 10, and the base at the same 10; same prompts and seeds.
 
-    python examples/shapes/compare.py            # writes docs/shapes.png
+python examples/shapes/compare.py            # writes docs/shapes.png
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def main() -> None:
         top = _MARGIN + i * (side + _TEXT + _MARGIN)
         pen.text((_MARGIN, top), label, fill="black", font=font)
         for j, image in enumerate(images):
-            picture.paste(image.resize((side, side), Image.Resampling.NEAREST), (_MARGIN + j * (side + _MARGIN), top + _TEXT))
+            picture.paste(
+                image.resize((side, side), Image.Resampling.NEAREST), (_MARGIN + j * (side + _MARGIN), top + _TEXT)
+            )
     picture.save(arguments.output)
     for caption in captions:
         print(caption)

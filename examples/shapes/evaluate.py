@@ -1,6 +1,6 @@
 """Prompt accuracy of the demonstration model: the teacher at 50 steps, Glance at 10, and the base at the same 10.
 
-    python examples/shapes/evaluate.py            # 500 held-out captions, three seeds: a quarter of an hour on two cores
+    python examples/shapes/evaluate.py            # 500 held-out captions, three seeds; a quarter of an hour, two cores
 
 Images come from the same engines as in deployment, and `score.py` reads them. Prints a Markdown table and writes the
 figures to figures.json; intervals are 95 %, over captions (the seeds of a caption are averaged first).

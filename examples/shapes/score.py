@@ -12,7 +12,7 @@ import argparse
 from dataclasses import dataclass
 
 import numpy as np
-from data import BACKGROUNDS, COLOURS, RADII, SHAPES, Placed, Scene, Thing, draw, held_out_scenes, outline, render
+from data import BACKGROUNDS, COLOURS, RADII, SHAPES, Placed, Scene, Thing, held_out_scenes, outline, render
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
@@ -50,7 +50,11 @@ def _unit_geometry() -> dict[str, tuple[float, float, float]]:
         mask = _mask(shape, 32, 32, 20, 64)
         rows, columns = np.mgrid[0:64, 0:64] + 0.5
         area = mask.sum()
-        geometry[shape] = (area / 400, ((mask * columns).sum() / area - 32) / 20, ((mask * rows).sum() / area - 32) / 20)
+        geometry[shape] = (
+            area / 400,
+            ((mask * columns).sum() / area - 32) / 20,
+            ((mask * rows).sum() / area - 32) / 20,
+        )
     return geometry
 
 
@@ -129,9 +133,7 @@ def score(image: NDArray[np.uint8], scene: Scene) -> dict[str, bool]:
 
 def accuracy(scores: list[dict[str, bool]]) -> dict[str, float]:
     """Share of images per attribute, over those whose caption has it, in 0..1."""
-    return {
-        name: float(np.mean([marks[name] for marks in scores if name in marks])) for name in (*ATTRIBUTES, "all")
-    }
+    return {name: float(np.mean([marks[name] for marks in scores if name in marks])) for name in (*ATTRIBUTES, "all")}
 
 
 def main() -> None:

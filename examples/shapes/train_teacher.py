@@ -1,7 +1,7 @@
 """Trains the demonstration model: a text-to-image latent diffusion model in the Stable Diffusion layout.
 
     python examples/shapes/train_teacher.py            # everything, resuming where it stopped
-    python examples/shapes/train_teacher.py vae        # one stage: tokenizer, vae, text, unet or decoder
+    python examples/shapes/train_teacher.py vae        # one stage: tokenizer, vae, text or unet
 
 The stages run in order and each writes its component into the model folder in float16, so that
 ``StableDiffusionPipeline.from_pretrained`` loads it; checkpoints (float32, with optimizer and random state) go to the
@@ -111,7 +111,11 @@ def train_tokenizer(model: Path, work: Path, steps: int) -> None:
     specials = ["<|startoftext|>", "<|endoftext|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = BpeTrainer(
-        vocab_size=800, special_tokens=specials, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=800,
+        special_tokens=specials,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     backend = tokenizer.backend_tokenizer
     # Each letter also as the end of a word: without it an unknown word could not be spelled at all.
@@ -181,28 +185,10 @@ def train_vae(model: Path, work: Path, steps: int) -> None:
     (work / "pool.pt").unlink(missing_ok=True)
 
 
-def train_decoder(model: Path, work: Path, steps: int) -> None:
-    """The decoder alone, longer, on slightly noised latents: the denoiser's output is never exact. Latents stay."""
-    vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32)
-    encoder = copy.deepcopy(vae.encoder), copy.deepcopy(vae.quant_conv)
-    noise_level = 0.08 / vae.config.scaling_factor
-
-    def loss_of(decoder: nn.Module, generator: torch.Generator) -> Tensor:
-        images = _images(16, generator)
-        with torch.no_grad():
-            mean = encoder[1](encoder[0](images)).chunk(2, dim=1)[0]
-        level = noise_level * torch.rand(mean.shape[0], 1, 1, 1, generator=generator)
-        noisy = mean + level * torch.randn(mean.shape, generator=generator)
-        return _reconstruction_loss(decoder["decoder"](decoder["post"](noisy)), images)
-
-    module = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv})
-    trained = fit("decoder", module, loss_of, work=work, steps=steps, learning_rate=1e-3, ema_decay=0.998)
-    vae.decoder, vae.post_quant_conv = trained["decoder"], trained["post"]
-    vae.to(torch.float16).save_pretrained(model / "vae")
-
-
 def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    return tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+    ).input_ids
 
 
 _SLOTS = ("only", "left", "right", "top", "bottom")
@@ -284,7 +270,9 @@ def _pool(model: Path, work: Path, tokenizer: CLIPTokenizer) -> tuple[Tensor, Te
     """Latents [POOL, 8, 16, 16] float16 and tokens [POOL, 32] of rendered training scenes."""
     path = work / "pool.pt"
     if not path.exists():
-        vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).to(memory_format=torch.channels_last)
+        vae = AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).to(
+            memory_format=torch.channels_last
+        )
         parts = [(latents, _tokens(tokenizer, captions)) for latents, captions in _batches(vae, POOL, 3)]
         torch.save([torch.cat(column) for column in zip(*parts, strict=True)], path)
     latents, tokens = torch.load(path, weights_only=True)
@@ -359,8 +347,7 @@ STAGES = {
     "tokenizer": (train_tokenizer, 1),
     "vae": (train_vae, 1300),
     "text": (train_text, 1500),
-    "unet": (train_unet, 4200),
-    "decoder": (train_decoder, 2500),
+    "unet": (train_unet, 5000),
 }
 """Per stage: its function and its number of optimizer steps."""
 

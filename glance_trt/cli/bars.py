@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 import click
 
@@ -18,14 +19,13 @@ def bars() -> Iterator[Progress]:
     """A `Progress` that draws one bar at a time, and cleans up behind itself."""
     from tqdm import tqdm
 
-    current: dict[str, tqdm[None]] = {}
+    current: dict[str, tqdm[NoReturn]] = {}
 
     def report(stage: str, done: float, total: float) -> None:
-        bar = current.get(stage)
-        if bar is None:
+        if stage not in current:
             close()
             large = total > 1 << 20  # a count of bytes
-            bar = current[stage] = tqdm(
+            current[stage] = tqdm(
                 desc=stage,
                 total=total,
                 delay=_DELAY,
@@ -36,7 +36,7 @@ def bars() -> Iterator[Progress]:
                 unit_scale=large,
                 bar_format="{l_bar}{bar}| {elapsed}<{remaining}" if total <= 1 else None,
             )
-        bar.update(done - bar.n)
+        current[stage].update(done - current[stage].n)
         if done >= total:
             close()
 

@@ -40,21 +40,25 @@ def describe(manifest: Manifest) -> list[str]:
         lines.append(f"  {lora.phase:<12} {lora.file}, scale {lora.scale:g} ({alpha})")
     lines.append(f"  images       {image.width} x {image.height}, latents {' x '.join(map(str, image.latent_shape))}")
     guided = {name: graph.guidance for name, graph in manifest.graphs.items() if name.startswith("denoiser.")}
-    modes = ", ".join(sorted(set(guided.values())))
-    lines.append(f"  guidance     {modes}, scale {manifest.guidance.scale:g} by default")
+    modes = sorted(set(guided.values()))
+    scale = "" if modes == ["none"] else f", scale {manifest.guidance.scale:g} by default"
+    lines.append(f"  guidance     {', '.join(modes)}{scale}")
     for name, schedule in manifest.schedules.items():
-        lines.append(f"schedule {name}: {len(schedule.steps)} steps, initial noise x {schedule.initial_noise_scale:g}")
+        count = f"{len(schedule.steps)} step{'s' if len(schedule.steps) > 1 else ''}"
+        lines.append(f"schedule {name}: {count}, initial noise x {schedule.initial_noise_scale:g}")
         columns = "".join(f" {name:>10}" for name in schedule.coefficients)
-        lines.append(f"  {'step':>4} {'phase':<8} {'timestep':>10}{columns}")
+        width = max(len(name) for name in ("phase", *(step.phase for step in schedule.steps)))
+        lines.append(f"  {'step':>4} {'phase':<{width}} {'timestep':>10}{columns}")
         for i, step in enumerate(schedule.steps, start=1):
             numbers = "".join(f" {value:10.5f}" for value in (step.timestep, *step.coefficients))
-            lines.append(f"  {i:>4} {step.phase:<8}{numbers}")
+            lines.append(f"  {i:>4} {step.phase:<{width}}{numbers}")
     sizes = {name: entry.size for name, entry in manifest.files.items()}
     lines.append("graphs")
     for name, graph in manifest.graphs.items():
-        lines.append(f"  {name:<16} {', '.join(graph.files)}; weights {', '.join(graph.weights)}")
+        weights = f"; weights {', '.join(graph.weights)}" if graph.weights else ""
+        lines.append(f"  {name:<16} {', '.join(graph.files)}{weights}")
     for name, engines in manifest.engines.items():
-        needs = ", ".join(f"{key} {value}" for key, value in engines.requires.items())
+        needs = ", ".join(f"{key} {value}" for key, value in engines.requires.items()) or "nothing else"
         files = {file for engine in engines.graphs.values() for file in (engine.file, *engine.weights)}
         total = sum(sizes[file] for file in files)
         lines.append(f"engines {name}: {engines.backend}, {engines.dtype}, {_size(total)}; needs {needs}")

@@ -48,8 +48,9 @@ def commands() -> None:
 def main() -> None:
     """Run the command line; never returns. Exit codes: README, "Exit codes"."""
     warnings.showwarning = _show_warning
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import tells of processors that nobody asked for
     try:
-        code = commands(standalone_mode=False)
+        code = commands(prog_name="glance-trt", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         code = error.exit_code

@@ -120,7 +120,12 @@ def _optimise(source: Path, draft: Path, graph: str, threads: int | None) -> onn
     for item in (optimised, optimised.graph, *optimised.graph.node, *optimised.graph.initializer):
         del item.metadata_props[:]
     for node in optimised.graph.node:
-        node.doc_string = ""
+        node.doc_string, node.name = "", node.output[0]  # the names that the optimiser gives change from run to run
+    # So does the order of the weights. In order of use, a first step reads the files from front to back.
+    order = {
+        name: position for position, name in enumerate(name for node in optimised.graph.node for name in node.input)
+    }
+    optimised.graph.initializer.sort(key=lambda tensor: order.get(tensor.name, -1))
     helper.set_model_props(optimised, needed)
     return optimised
 

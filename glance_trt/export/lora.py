@@ -118,7 +118,11 @@ def read(path: Path, weights: Mapping[str, TensorRef], scale: float | None = Non
 
 
 def fused(base: TensorRef, pair: Pair) -> Fused:
-    """``W + scale * up @ down``, computed in float32 and rounded once to W's own dtype."""
+    """``W + scale * up @ down``, computed in float32 and rounded once to W's own dtype.
+
+    That is bit by bit PEFT's merge of factors in float32, as it keeps them unless told otherwise. Factors in half
+    precision it merges less exactly: it rounds the update to half precision, and the sum once more.
+    """
 
     def compute() -> torch.Tensor:
         up, down = pair.up.read().float().flatten(1), pair.down.read().float().flatten(1)

@@ -1,7 +1,8 @@
 """Parity: does a graph or an engine compute what PyTorch computes?
 
-The reference is the model as diffusers loads it. LoRAs stay unfused there: they are applied to the activations by
-hooks, ``W x + scale * B (A x)``, so that the comparison covers fusing too.
+The reference is diffusers' and transformers' own modules, in float32. Its LoRAs are fused another way than
+`glance_trt.export.lora` does, so that the comparison covers fusing too, and rounded like there: unfused ones would
+differ by what rounding to bfloat16 does to the weights, which is no error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from glance_trt.errors import ParityError
 from glance_trt.export.families import Family
 from glance_trt.export.lora import Lora
 from glance_trt.export.trace import Source
-from glance_trt.export.weights import component_tensors
+from glance_trt.export.weights import DTYPES, TensorRef, component_tensors
 from glance_trt.progress import Progress, silent
 from glance_trt.runtime.runners import Runner
 
@@ -48,6 +49,7 @@ class Reference:
     def __init__(self, family: Family, model: Path, loras: Mapping[str, Lora | None]) -> None:
         self._family, self._model, self._loras = family, model, loras
         self._loaded: tuple[str, nn.Module] | None = None
+        self._stored: dict[str, TensorRef] = {}
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """What `graph` should put out for `inputs`."""
@@ -58,13 +60,13 @@ class Reference:
             self._loaded = kind, self._load(kind, source)
         module = self._loaded[1]
         lora = self._loras[phase] if phase else None
-        with torch.no_grad(), _unfused(module, lora, source.prefix):
+        with torch.no_grad(), _fused(module, lora, source.prefix, self._stored):
             values = [torch.from_numpy(np.asarray(inputs[port.name])) for port in source.inputs]
             return module(*values).numpy()  # type: ignore[no-any-return]
 
     def _load(self, kind: str, source: Source) -> nn.Module:
         module = source.build().float().eval()
-        tensors = component_tensors(self._model / self._family.components[kind])
+        tensors = self._stored = component_tensors(self._model / self._family.components[kind])
         state = {}
         for name in module.state_dict():
             weight = name.removeprefix(source.prefix)
@@ -149,29 +151,19 @@ def _resolve(dim: str, sizes: Mapping[str, int]) -> int:
 
 
 @contextlib.contextmanager
-def _unfused(module: nn.Module, lora: Lora | None, prefix: str) -> Iterator[None]:
-    """While open, layers that the LoRA names add its update to their outputs."""
-    handles = []
+def _fused(module: nn.Module, lora: Lora | None, prefix: str, stored: Mapping[str, TensorRef]) -> Iterator[None]:
+    """While open, the weights that the LoRA names are changed by it, and rounded to the dtype they are stored in."""
+    before = {}
     for name, pair in lora.pairs.items() if lora else ():
-        layer = module.get_submodule(prefix + name.removesuffix(".weight"))
-        up, down, scale = pair.up.read().float(), pair.down.read().float(), pair.scale
-
-        def add(
-            layer: Any,
-            inputs: Any,
-            output: torch.Tensor,
-            up: torch.Tensor = up,
-            down: torch.Tensor = down,
-            scale: float = scale,
-        ) -> torch.Tensor:
-            if isinstance(layer, nn.Conv2d):
-                hidden = F.conv2d(inputs[0], down, stride=layer.stride, padding=layer.padding)
-                return output + scale * F.conv2d(hidden, up)
-            return output + scale * F.linear(F.linear(inputs[0], down), up)
-
-        handles.append(layer.register_forward_hook(add))
+        weight = before[name] = module.get_parameter(prefix + name).data
+        down, up = pair.down.read().double(), pair.up.read().double()
+        # The update's columns are what the layer's two factors, one after the other, make of unit inputs.
+        linear = weight.ndim == 2
+        update = F.linear(down.T, up).T if linear else F.conv2d(down.transpose(0, 1), up).transpose(0, 1)
+        changed = (weight.double() + pair.scale * update).to(DTYPES[stored[name].dtype])
+        module.get_parameter(prefix + name).data = changed.float()
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for name, weight in before.items():
+            module.get_parameter(prefix + name).data = weight

@@ -2,10 +2,16 @@
 
 Components, LoRA loading and the scheduler's step are all diffusers' own; only the loop that switches the LoRA at each
 phase, which diffusers has not, is written here.
+
+``python -m glance_trt.export.reference RECIPE PROMPT SEED OUT.png`` makes one image. With RECIPE alone, it makes a
+batch per line of JSON that it reads (``{"prompt": str, "seeds": [int]}``), and answers with the seconds it took.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from numpy.typing import NDArray
+from peft.tuners.lora import LoraLayer
 
+from glance_trt import recipe as recipes
 from glance_trt.errors import RecipeError
 from glance_trt.recipe import Recipe
 
@@ -28,10 +37,10 @@ class DiffusersReference:
         self._recipe = recipe
         self._pipe = StableDiffusionPipeline.from_pretrained(folder / recipe.model, torch_dtype=torch.float32)
         self._pipe.set_progress_bar_config(disable=True)
-        if not isinstance(self._pipe.scheduler, DDIMScheduler):
-            raise RecipeError(
-                f"{recipe.model}: whole images are compared for DDIM schedules only; this model has another"
-            )
+        name = recipe.scheduler or type(self._pipe.scheduler).__name__
+        if name != "DDIMScheduler":
+            raise RecipeError(f"{recipe.model}: whole images are compared for DDIMScheduler only; this is {name}")
+        self._pipe.scheduler = DDIMScheduler.from_config(self._pipe.scheduler.config)
         for phase in recipe.phases:
             if phase.lora:
                 self._pipe.load_lora_weights(str(folder / phase.lora.file), adapter_name=phase.name)
@@ -62,6 +71,8 @@ class DiffusersReference:
             if cfg:
                 without, with_ = predicted.chunk(2)
                 predicted = without + guidance.scale * (with_ - without)
+                if guidance.rescale:
+                    predicted = rescale_noise_cfg(predicted, with_, guidance.rescale)
             self._aim(timestep, following[1] if following else None)
             latents = pipe.scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
@@ -73,7 +84,11 @@ class DiffusersReference:
             self._pipe.disable_lora()
         else:
             self._pipe.enable_lora()
-            self._pipe.set_adapters(phase.name, phase.lora.scale if phase.lora.scale is not None else 1.0)
+            self._pipe.set_adapters(phase.name)
+            if phase.lora.scale is not None:  # the recipe's replaces alpha / rank; diffusers' weight would multiply it
+                for layer in self._pipe.unet.modules():
+                    if isinstance(layer, LoraLayer) and phase.name in layer.scaling:
+                        layer.scaling[phase.name] = phase.lora.scale
 
     def _aim(self, timestep: int, following: int | None) -> None:
         """Make the scheduler's next step end at the next knot: it goes ``num_train_timesteps // num_inference_steps``
@@ -81,3 +96,20 @@ class DiffusersReference:
         scheduler = self._pipe.scheduler
         stride = timestep - following if following is not None else timestep + 1
         scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, stride)
+
+
+def _main(recipe: str, prompt: str = "", seed: str = "", out: str = "") -> None:
+    reference = DiffusersReference(*recipes.load(recipe))
+    if out:
+        from PIL import Image
+
+        Image.fromarray(reference.generate(prompt, [int(seed)])[0]).save(out)
+        return
+    for line in sys.stdin:
+        request, start = json.loads(line), time.perf_counter()
+        reference.generate(request["prompt"], request["seeds"])
+        print(time.perf_counter() - start, flush=True)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

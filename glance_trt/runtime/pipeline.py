@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import threading
 import time
 import warnings
@@ -172,7 +171,7 @@ class Pipeline:
         scale, negative = 1.0, ""
         if "guidance_scale" in kinds:
             scale = manifest.guidance.scale if guidance_scale is None else guidance_scale
-            if not isinstance(scale, numbers.Real) or not abs(scale) <= limits.FLOAT32:
+            if not _is_float32(scale):
                 raise InputError(f"guidance scale: expected a finite number, got {scale!r}")
         elif guidance_scale is not None:
             raise InputError("guidance scale: this bundle was built without guidance; leave it out")
@@ -262,3 +261,7 @@ class Pipeline:
     def _run(self, graph: str, values: Values) -> NDArray[Any]:
         feeds = {name: values[kind, rest] for name, kind, rest in self._sources[graph]}
         return next(iter(self.runner.run(graph, feeds).values()))
+
+
+def _is_float32(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and bool(-limits.FLOAT32 <= value <= limits.FLOAT32)

@@ -26,7 +26,8 @@ from glance_trt.runtime.runners.onnxruntime import OnnxRuntimeRunner, requiremen
 STEP = """<ir_version: 10, opset_import: ["" : 20]>
     step (float[batch,4,"8*h","8*w"] latents, float[] timestep) => (float[batch,4,"8*h","8*w"] denoised)
     <int64[3] flat = {0, 32, -1}, int64[4] heads = {0, 0, 2, 16}, int64[3] merged = {0, 0, 32},
-     float half = {0.5}, int64[1] zero = {0}, int64[1] two = {2}, int64[1] four = {4}, int64[1] one = {1}, int64[1] c = {32}> {
+     float half = {0.5}, int64[1] zero = {0}, int64[1] two = {2}, int64[1] four = {4},
+     int64[1] one = {1}, int64[1] c = {32}> {
         hot = Conv<pads = [1, 1, 1, 1]>(latents, conv_in)
         warm = Add(hot, timestep)
         cold = Sigmoid(warm)
@@ -174,7 +175,7 @@ def test_engine_computes_what_pytorch_computes(
     outputs = runner.run(graph, inputs)
     expected = in_pytorch(weights[graph], **inputs)
     assert list(outputs) == ["denoised"]
-    assert np.abs(expected).max() > 0.5
+    assert np.abs(expected).max() > 0.25
     np.testing.assert_allclose(outputs["denoised"], expected, atol=1e-5)
 
 
@@ -281,7 +282,7 @@ def kilobytes():
     return result
 
 directory, graphs = Path(sys.argv[1]), sys.argv[2:]
-x = np.ones((1, 1024), np.float32)
+x = np.ones((1, 512), np.float32)
 runner = OnnxRuntimeRunner(directory, {graph: f"cpu.{graph}.onnx" for graph in graphs}, threads=1)
 before = kilobytes()
 for graph in graphs:
@@ -293,15 +294,15 @@ print(json.dumps({"private": after["private"] - before["private"], "base": after
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="measures with Linux's /proc/self/smaps")
 def test_sessions_map_the_shared_weights_instead_of_copying_them(tmp_path: Path) -> None:
-    products = "\n".join(f"x{i + 1} = MatMul(x{i}, w{i})" for i in range(8))
+    products = "\n".join(f"x{i + 1} = MatMul(x{i}, w{i})" for i in range(64))
     text = f"""<ir_version: 10, opset_import: ["" : 20]>
-        step (float[batch,1024] x) => (float[batch,1024] y) {{
+        step (float[batch,512] x) => (float[batch,512] y) {{
             x0 = Identity(x)
             {products}
-            y = Neg(x8)
+            y = Neg(x64)
         }}"""
     draw = np.random.default_rng(0)
-    shared = {f"w{i}": draw.standard_normal((1024, 1024)).astype(np.float16) for i in range(8)}
+    shared = {f"w{i}": draw.standard_normal((512, 512)).astype(np.float16) for i in range(64)}
     graphs = {}
     for graph in PHASES:
         graphs[graph] = tmp_path / f"{graph}.onnx"
@@ -313,9 +314,9 @@ def test_sessions_map_the_shared_weights_instead_of_copying_them(tmp_path: Path)
     result = subprocess.run([sys.executable, "-c", MEASURE, out, *graphs], capture_output=True, text=True, check=True)
     kilobytes = json.loads(result.stdout)
     weights = sum(array.size * 4 for array in shared.values()) // 1024
-    assert weights == 32768
+    assert weights == 65536
     assert kilobytes["base"] >= weights  # mapped and in use, by each session
-    assert kilobytes["private"] < weights / 3
+    assert kilobytes["private"] < weights / 4
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from glance_trt.bundle import Image
 from glance_trt.errors import ModelError
@@ -16,7 +16,7 @@ class Family(Protocol):
     """What the export asks of a family's adapter."""
 
     name: str
-    components: dict[str, str]
+    components: ClassVar[dict[str, str]]
     """The model's folder from which each graph takes its weights: ``denoiser``, ``text_encoder``, ``decoder``."""
 
     def sources(self) -> dict[str, Source]:

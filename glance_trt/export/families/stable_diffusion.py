@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -109,7 +109,7 @@ class StableDiffusion:
     """See `glance_trt.export.families.Family`."""
 
     name = "stable-diffusion"
-    components = {"text_encoder": "text_encoder", "denoiser": "unet", "decoder": "vae"}
+    components: ClassVar[dict[str, str]] = {"text_encoder": "text_encoder", "denoiser": "unet", "decoder": "vae"}
 
     def __init__(self, model: Path, recipe: Recipe) -> None:
         self._model, self._recipe = model, recipe

@@ -1,0 +1,106 @@
+"""``verify`` reads every byte, whatever the record says, and shows what a comparison with PyTorch found."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from glance_trt import hashing, verify
+from glance_trt.bundle import Bundle
+from glance_trt.errors import ParityError
+
+from ..models import tiny
+from .conftest import Run
+
+
+def test_good_bundle_is_said_to_be_good(run: Run, tiny_bundle: Path) -> None:
+    count = len(Bundle.open(tiny_bundle).manifest.files)
+    shown = run("verify", tiny_bundle)
+    assert (shown.code, shown.out, shown.err) == (0, f"{count} files as listed\n", "")
+    assert json.loads(run("verify", tiny_bundle, "--json").out) == {"files": count}
+
+
+def test_altered_byte_of_a_large_file_is_found_though_the_record_says_unchanged(run: Run, tmp_path: Path) -> None:
+    folder = tiny.make_bundle(tmp_path / "bundle", extra={"large.bin": bytes(hashing.ALWAYS_BELOW)})
+    bundle = Bundle.open(folder)
+    with open(folder / "large.bin", "r+b") as file:
+        file.seek(hashing.ALWAYS_BELOW // 2)
+        file.write(b"\1")
+    status = os.stat(folder / "large.bin")
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    record = tmp_path / "cache" / "glance-trt" / "hashed.json"  # where `run` puts the cache
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({":".join(map(str, identity)): bundle.manifest.files["large.bin"].sha256}))
+    record.chmod(0o600)
+    assert run("inspect", folder).code == 0
+    bundle.check(["large.bin"])  # believes the record
+    shown = run("verify", folder)
+    assert (shown.code, shown.out) == (6, "")
+    assert shown.err == (
+        f"error: {folder}/large.bin: altered (its SHA-256 is not the listed one); build the bundle again\n"
+    )
+
+
+@dataclass(frozen=True)
+class Parity:
+    graph: str
+    error: float
+    tolerance: float
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls of the comparison, which needs PyTorch and is not made here."""
+    calls: list[Any] = []
+
+    def compare(bundle: Bundle, recipe: str, images: int, progress: object) -> verify.Comparison:
+        calls.append((bundle.directory, recipe, images))
+        if recipe == "wrong.yaml":
+            raise ParityError("decoder: differs by 3")
+        return verify.Comparison([Parity("denoiser.slow", 1.5e-6, 1e-4), Parity("decoder", 1, 1)], [48.26, 51.0])
+
+    monkeypatch.setattr(verify, "compare", compare)
+    return calls
+
+
+def test_comparison_is_shown(run: Run, tiny_bundle: Path, compared: list[Any]) -> None:
+    shown = run("verify", tiny_bundle, "--against", "recipe.yaml")
+    assert (shown.code, shown.err) == (0, "")
+    assert [" ".join(line.split()) for line in shown.out.splitlines()[1:]] == [
+        "denoiser.slow differs by 1.5e-06, at most 0.0001",
+        "decoder differs by 1.0e+00, at most 1",
+        "image 1 48.3 dB from diffusers",
+        "image 2 51.0 dB from diffusers",
+    ]
+    shown = run("verify", tiny_bundle, "--against", "recipe.yaml", "--images", 0, "--json")
+    found = json.loads(shown.out)
+    assert found["graphs"] == {"denoiser.slow": 1.5e-6, "decoder": 1}
+    assert found["psnr_db"] == [48.26, 51.0]
+    assert compared == [(tiny_bundle, "recipe.yaml", 2), (tiny_bundle, "recipe.yaml", 0)]
+
+
+def test_difference_from_pytorch_is_code_10(run: Run, tiny_bundle: Path, compared: list[Any]) -> None:
+    shown = run("verify", tiny_bundle, "--against", "wrong.yaml")
+    assert (shown.code, shown.out, shown.err) == (10, "", "error: decoder: differs by 3\n")
+    assert compared
+
+
+def test_damaged_bundle_is_not_compared(run: Run, tmp_path: Path, compared: list[Any]) -> None:
+    folder = tiny.make_bundle(tmp_path / "bundle", extra={"unused.bin": b"0"})
+    (folder / "unused.bin").write_bytes(b"1")
+    assert run("verify", folder, "--against", "recipe.yaml").code == 6
+    assert compared == []
+
+
+def test_psnr_is_that_of_its_definition() -> None:
+    black, other = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert verify.psnr(black, black) == 99
+    assert verify.psnr(black, other) == 0
+    assert verify.psnr(other, black) == 0  # no wrap around
+    assert verify.psnr(black, black + np.uint8(1)) == pytest.approx(48.1308, abs=1e-4)  # 20 log10 255

@@ -1,0 +1,200 @@
+"""Stable Diffusion's graphs, before they are traced: compared with diffusers' pipeline, scheduler and processors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+from glance_trt.errors import ModelError, RecipeError
+from glance_trt.export.families import open_model
+from glance_trt.export.families.stable_diffusion import Decoder, GuidedStep, Step, TextEncoder
+from glance_trt.recipe import Guidance, Recipe
+from glance_trt.schedule import compile_schedule
+
+Make = Callable[..., Recipe]
+TEACHER_STEPS = 10
+
+
+@pytest.fixture(scope="module")
+def unet(tiny_model: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(tiny_model / "unet", dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, torch.Tensor]:
+    """Two latents and their embeddings."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "latents": torch.randn(2, 4, 8, 8, generator=generator),
+        "prompt_embeds": torch.randn(2, 32, 16, generator=generator),
+        "negative_prompt_embeds": torch.randn(2, 32, 16, generator=generator),
+    }
+
+
+def _table(tiny_model: Path) -> tuple[DDIMScheduler, list[Any]]:
+    """The scheduler as the pipeline has it, and our table for the same steps."""
+    scheduler = DDIMScheduler.from_pretrained(tiny_model / "scheduler")
+    scheduler.set_timesteps(TEACHER_STEPS)
+    config = {"_class_name": "DDIMScheduler", **scheduler.config}
+    steps = compile_schedule(config, [("all", range(1, TEACHER_STEPS + 1))], teacher_steps=TEACHER_STEPS).steps
+    return scheduler, list(steps)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("step", [0, 4, TEACHER_STEPS - 1])
+def test_a_guided_step_is_diffusers_prediction_guidance_and_update(
+    tiny_model: Path, unet: UNet2DConditionModel, batch: dict[str, torch.Tensor], rescale: float, step: int
+) -> None:
+    scheduler, table = _table(tiny_model)
+    timestep, latents = scheduler.timesteps[step], batch["latents"]
+    coefficients = torch.tensor([table[step].c_in, table[step].a, table[step].b])
+    with torch.no_grad():
+        found = GuidedStep(unet, rescale)(
+            latents,
+            torch.tensor(table[step].timestep),
+            coefficients,
+            torch.tensor(4.5),
+            batch["prompt_embeds"],
+            batch["negative_prompt_embeds"],
+        )
+        embeds = torch.cat([batch["negative_prompt_embeds"], batch["prompt_embeds"]])
+        both = unet(torch.cat([latents] * 2), timestep, embeds).sample
+    unconditional, conditional = both.chunk(2)
+    noise = unconditional + 4.5 * (conditional - unconditional)
+    if rescale:
+        noise = rescale_noise_cfg(noise, conditional, rescale)
+    expected = scheduler.step(noise, timestep, latents).prev_sample
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_step_without_guidance_is_one_prediction_and_the_update(
+    tiny_model: Path, unet: UNet2DConditionModel, batch: dict[str, torch.Tensor]
+) -> None:
+    scheduler, table = _table(tiny_model)
+    timestep, latents = scheduler.timesteps[3], batch["latents"]
+    with torch.no_grad():
+        found = Step(unet)(
+            latents,
+            torch.tensor(table[3].timestep),
+            torch.tensor([table[3].c_in, table[3].a, table[3].b]),
+            batch["prompt_embeds"],
+        )
+        noise = unet(latents, timestep, batch["prompt_embeds"]).sample
+    expected = scheduler.step(noise, timestep, latents).prev_sample
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_guidance_none_traces_a_step_without_negative_embeddings(tiny_model: Path, make_recipe: Make) -> None:
+    guided = open_model(tiny_model, make_recipe()).sources()["denoiser"]
+    plain = open_model(tiny_model, make_recipe(guidance=Guidance("none"))).sources()["denoiser"]
+    assert type(plain.build()) is Step
+    assert type(guided.build()) is GuidedStep
+    names = ["latents", "timestep", "coefficients", "prompt_embeds"]
+    assert [port.name for port in plain.inputs] == names
+    assert [port.name for port in guided.inputs] == [*names[:3], "guidance_scale", *names[3:], "negative_prompt_embeds"]
+
+
+def test_the_decoder_makes_the_pixels_of_diffusers(tiny_model: Path, batch: dict[str, torch.Tensor]) -> None:
+    vae = AutoencoderKL.from_pretrained(tiny_model / "vae", dtype=torch.float32).eval()
+    with torch.no_grad():
+        image = vae.decode(batch["latents"] / vae.config.scaling_factor).sample
+        found = Decoder(vae)(batch["latents"])
+    images = VaeImageProcessor(vae_scale_factor=2).postprocess(image, output_type="np")
+    expected = torch.from_numpy((images * 255).round().astype("uint8"))
+    assert found.dtype == torch.uint8
+    assert found.shape == (2, 16, 16, 3)
+    assert (found.int() - expected.int()).abs().max() <= 1
+    assert found.float().std() > 5
+
+
+def test_the_text_encoder_makes_the_embeddings_of_diffusers(tiny_model: Path, make_recipe: Make) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float32)
+    prompt = "a large red circle"
+    (_, length, pad), ids = (
+        open_model(tiny_model, make_recipe()).tokenizers()["tokenizer"],
+        pipe.tokenizer(prompt).input_ids,
+    )
+    padded = torch.tensor([ids + [pad] * (length - len(ids))])
+    with torch.no_grad():
+        found = TextEncoder(pipe.text_encoder)(padded)
+        expected, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
+    assert torch.equal(found, expected)
+
+
+def test_the_scheduler_is_corrected_as_the_pipeline_corrects_it(
+    tiny_model: Path, make_recipe: Make, tmp_path: Path
+) -> None:
+    """StableDiffusionPipeline sets steps_offset to 1 and clip_sample to off in configurations of its first year."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    old = json.loads(file.read_text()) | {"clip_sample": True, "steps_offset": 0}
+    file.write_text(json.dumps(old))
+    corrected = StableDiffusionPipeline.from_pretrained(tmp_path / "model").scheduler.config
+    found = open_model(tmp_path / "model", make_recipe(scheduler="EulerDiscreteScheduler")).scheduler_config()
+    assert (found["steps_offset"], found["clip_sample"]) == (corrected["steps_offset"], corrected["clip_sample"])
+    assert found["_class_name"] == "EulerDiscreteScheduler"
+    assert found["prediction_type"] == "v_prediction"
+
+
+@pytest.mark.parametrize(("key", "size", "near"), [("height", 18, 16), ("width", 23, 24), ("width", 1, 4)])
+def test_a_size_that_is_no_multiple_is_refused_with_the_nearest_one(
+    tiny_model: Path, make_recipe: Make, key: str, size: int, near: int
+) -> None:
+    with pytest.raises(RecipeError, match=rf"{key}: {size} is not a multiple of 4, as this model needs; try {near}$"):
+        open_model(tiny_model, make_recipe(**{key: size})).image()
+
+
+def test_the_image_is_described_by_the_models_own_factors(tiny_model: Path, make_recipe: Make) -> None:
+    image = open_model(tiny_model, make_recipe(height=24, width=16)).image()
+    vae = AutoencoderKL.from_pretrained(tiny_model / "vae")
+    assert vae.encode(torch.zeros(1, 3, 24, 16)).latent_dist.mean.shape[1:] == image.latent_shape
+
+
+def _without(tiny_model: Path, folder: Path, name: str, text: str | None) -> Path:
+    shutil.copytree(tiny_model, folder / "model")
+    file = folder / "model" / name
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    return folder / "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("model_index.json", None, "not a diffusers pipeline folder, it has no model_index.json"),
+        ("model_index.json", "{", "model_index.json: not readable"),
+        ("model_index.json", "[]", "model_index.json: expected a JSON object"),
+        (
+            "model_index.json",
+            '{"_class_name": "FluxPipeline"}',
+            "FluxPipeline is not supported; supported pipelines: StableDiffusionPipeline",
+        ),
+        ("unet/config.json", None, "unet: missing, with its config.json"),
+        ("unet/config.json", '{"addition_embed_type": "text_time"}', "a UNet with class or added embeddings is not"),
+        ("scheduler/scheduler_config.json", None, "scheduler: missing, with its scheduler_config.json"),
+        ("tokenizer/tokenizer.json", "{", "tokenizer: not a readable CLIP tokenizer"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused(
+    tiny_model: Path, make_recipe: Make, tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    model = _without(tiny_model, tmp_path, name, text)
+    with pytest.raises(ModelError, match=message):
+        family = open_model(model, make_recipe())
+        family.scheduler_config()
+        family.tokenizers()
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, make_recipe: Make) -> None:
+    with pytest.raises(ModelError, match="no: not a diffusers pipeline folder"):
+        open_model(tmp_path / "no", make_recipe())

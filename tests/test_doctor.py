@@ -1,0 +1,104 @@
+"""The doctor examines every shipped target and says why one cannot be built, and what else is wrong here."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from glance_trt import __version__, doctor, recipe
+from glance_trt.doctor import Finding, examine
+
+
+def finding(what: str) -> Finding:
+    (found,) = (item for item in examine() if item.what == what)
+    return found
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
+    """Distributions whose version is to be another, or none."""
+    known: Callable[[str], str] = metadata.version
+
+    def version(name: str) -> str:
+        wanted = versions.get(name.replace("-", "_"), known(name) if name.replace("-", "_") not in versions else None)
+        if wanted is None:
+            raise metadata.PackageNotFoundError(name)
+        return wanted
+
+    monkeypatch.setattr(metadata, "version", version)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """Modules that are not to be found."""
+    find_spec = importlib.util.find_spec
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in modules else find_spec(name))
+
+
+def test_everything_that_this_test_environment_has_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, onnxruntime_gpu=None)
+    found = {item.what: item for item in examine()}
+    assert found["glance-trt"].detail.startswith(f"{__version__}, Python 3.")
+    assert found["extra export"] == Finding("extra export", True, "installed")
+    assert found["extra distill"] == Finding("extra distill", True, "installed")
+    assert found["ONNX Runtime"].ok
+    assert found["ONNX Runtime"].detail.startswith(f"onnxruntime {metadata.version('onnxruntime')}: ")
+    assert "CPUExecutionProvider" in found["ONNX Runtime"].detail
+    assert found["build for cpu"] == Finding("build for cpu", True, "yes")
+
+
+def test_every_shipped_target_is_examined() -> None:
+    shipped = sorted(file.stem for file in (Path(__file__).parents[1] / "engines").glob("*.yaml"))
+    assert shipped == list(recipe.shipped_files("target"))
+    assert [item.what for item in examine() if item.what.startswith("build for ")] == [
+        f"build for {x}" for x in shipped
+    ]
+
+
+def test_target_that_cannot_be_built_has_a_reason_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "onnxruntime", "tensorrt_rtx")
+    for target, text in (
+        ("cpu", "onnxruntime is not installed; pip install"),
+        ("rtx", "TensorRT-RTX is not installed"),
+    ):
+        found = finding(f"build for {target}")
+        assert not found.ok
+        assert text in found.detail
+        assert f"glance-trt[{target}]" in found.detail
+
+
+def test_lean_installation_is_told_which_extras_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "torch", "onnx", "peft")
+    text = "missing: torch, onnx; pip install glance-trt[export]"
+    assert finding("extra export") == Finding("extra export", False, text)
+    text = "missing: torch, peft; pip install glance-trt[distill]"
+    assert finding("extra distill") == Finding("extra distill", False, text)
+
+
+def test_two_onnxruntimes_that_overwrite_each_other_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, onnxruntime="1.31.1", onnxruntime_gpu="1.31.1")
+    found = finding("ONNX Runtime")
+    assert not found.ok
+    assert found.detail.startswith(
+        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
+    )
+    assert "uninstall both" in found.detail
+
+
+def test_missing_onnxruntime_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, onnxruntime=None, onnxruntime_gpu=None)
+    assert finding("ONNX Runtime") == Finding("ONNX Runtime", False, "missing; pip install glance-trt[cpu]")
+
+
+def test_onnxruntime_that_cannot_be_loaded_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, onnxruntime="1.31.1", onnxruntime_gpu=None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    found = doctor._onnxruntime()
+    assert not found.ok
+    assert found.detail.startswith("onnxruntime 1.31.1 cannot be loaded (")
+    assert found.detail.endswith("; reinstall onnxruntime")
