@@ -15,7 +15,7 @@ from glance_trt import bundle as format_
 from glance_trt.bundle import Bundle, Engine, EngineSet, Graph, Manifest
 from glance_trt.engines import backends, targets
 from glance_trt.engines.targets import Target
-from glance_trt.errors import BundleError, GlanceError, ModelError, OutputError, RecipeError, TargetError
+from glance_trt.errors import BundleError, ModelError, OutputError, RecipeError, TargetError
 from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Recipe
 from glance_trt.runtime.runners import Runner
@@ -68,14 +68,22 @@ def _buildable() -> str:
 
 
 def _previous(output: Path) -> Bundle | None:
+    """The bundle at `output`; nothing if there is none, or a damaged one. Raises `OutputError` for anything else."""
     if not output.exists():
         return None
-    if not (output / format_.MANIFEST).is_file():
+    file = output / format_.MANIFEST
+    if not file.is_file():
         raise OutputError(f"{output}: exists and is no bundle; give another -o")
     try:
+        listed = format_.load(file.read_bytes(), str(file)).files
+    except BundleError as error:
+        raise OutputError(f"{output}: exists and is no bundle that can be read ({error}); give another -o") from None
+    if strange := sorted({entry.name for entry in output.iterdir()} - {file.name, *listed}):
+        raise OutputError(f"{output}: holds files that are not the bundle's ({', '.join(strange)}); move them away")
+    try:
         return Bundle.open(output)
-    except GlanceError:
-        return None  # damaged: there is nothing to take over
+    except BundleError:
+        return None
 
 
 class _Build:

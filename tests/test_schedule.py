@@ -328,7 +328,7 @@ REFUSED_CONFIGS = [
     ({"_class_name": ["DDIMScheduler"]}, r"scheduler._class_name: \['DDIMScheduler'\] is not supported"),
     (
         {**DDIM, "beta_schedule": "sigmoid"},
-        "scheduler.beta_schedule: expected one of linear, scaled_linear, squaredcos_cap_v2; got 'sigmoid'",
+        r"scheduler.beta_schedule: expected one of linear, scaled_linear, squaredcos_cap_v2; got text \('sigmoid'\)",
     ),
     ({**DDIM, "beta_start": "0.1"}, "scheduler.beta_start: expected a number, got text"),
     ({**DDIM, "num_train_timesteps": 0}, "scheduler.num_train_timesteps: got 0; expected at least 1"),

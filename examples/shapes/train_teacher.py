@@ -290,14 +290,8 @@ class _Denoiser(nn.Module):
         return self.unet(noisy, timesteps, self.text_encoder(tokens).last_hidden_state, return_dict=False)[0]
 
 
-def train_unet(model: Path, work: Path, steps: int) -> None:
-    """The denoiser, v-prediction with a terminal SNR of zero; one caption in ten is left empty, for guidance."""
-    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    latents, tokens = _pool(model, work, tokenizer)
-    empty = _tokens(tokenizer, [""])
-    scheduler = _scheduler()
-    torch.manual_seed(4)
-    unet = UNet2DConditionModel(
+def _new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=SIDE // 4,
         in_channels=8,
         out_channels=8,
@@ -309,6 +303,22 @@ def train_unet(model: Path, work: Path, steps: int) -> None:
         cross_attention_dim=128,
         attention_head_dim=4,  # the number of heads, despite its name
     )
+
+
+def train_unet(model: Path, work: Path, steps: int) -> None:
+    """The denoiser, v-prediction with a terminal SNR of zero; one caption in ten is left empty, for guidance.
+
+    Without a checkpoint, a denoiser that is in the model folder already is trained further, with a new optimizer.
+    """
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    latents, tokens = _pool(model, work, tokenizer)
+    empty = _tokens(tokenizer, [""])
+    scheduler = _scheduler()
+    torch.manual_seed(4)
+    if (model / "unet").exists():
+        unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
+    else:
+        unet = _new_unet()
     text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
 
     def loss_of(denoiser: nn.Module, generator: torch.Generator) -> Tensor:
@@ -347,7 +357,7 @@ STAGES = {
     "tokenizer": (train_tokenizer, 1),
     "vae": (train_vae, 1300),
     "text": (train_text, 1500),
-    "unet": (train_unet, 5000),
+    "unet": (train_unet, 4400),
 }
 """Per stage: its function and its number of optimizer steps."""
 

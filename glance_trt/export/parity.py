@@ -133,7 +133,7 @@ def check(
             expected = reference.run(graph, inputs).astype(np.float64)
             found = next(iter(runner.run(graph, inputs).values())).astype(np.float64)
             largest = 1.0 if pixels else float(np.abs(expected).max())
-            error = max(error, float(np.abs(found - expected).max()) / largest)
+            error = float(np.maximum(error, np.abs(found - expected).max() / largest))
         tolerance = _PIXEL_TOLERANCE[dtype] if pixels else TOLERANCES[dtype]
         if not error <= tolerance:
             raise ParityError(

@@ -130,6 +130,7 @@ def test_the_text_encoder_makes_the_embeddings_of_diffusers(tiny_model: Path, ma
     assert torch.equal(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 def test_the_scheduler_is_corrected_as_the_pipeline_corrects_it(
     tiny_model: Path, make_recipe: Make, tmp_path: Path
 ) -> None:
@@ -189,10 +190,14 @@ def test_a_folder_that_is_no_model_is_refused(
     tiny_model: Path, make_recipe: Make, tmp_path: Path, name: str, text: str | None, message: str
 ) -> None:
     model = _without(tiny_model, tmp_path, name, text)
-    with pytest.raises(ModelError, match=message):
+
+    def read_all() -> None:
         family = open_model(model, make_recipe())
         family.scheduler_config()
         family.tokenizers()
+
+    with pytest.raises(ModelError, match=message):
+        read_all()
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, make_recipe: Make) -> None:
