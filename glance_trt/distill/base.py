@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from glance_trt.errors import ModelError
+from glance_trt.export.quiet import quiet
 
 PIPELINE = "StableDiffusionPipeline"
 
@@ -66,7 +65,7 @@ def load_base(folder: Path) -> Base:
 
     Raises `ModelError`, which names the component's folder.
     """
-    with _without_progress_bars():
+    with quiet():
         base = Base(
             _load(CLIPTokenizer, folder / "tokenizer"),
             _load(CLIPTextModel, folder / "text_encoder", dtype=torch.float32),
@@ -103,18 +102,6 @@ def _read_json(file: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{file}: expected keys and values")
     return content
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Transformers draws a bar on the terminal while it loads."""
-    active = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if active:
-            transformers_logging.enable_progress_bar()
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -25,6 +25,7 @@ from peft.tuners.lora import LoraLayer
 
 from glance_trt import recipe as recipes
 from glance_trt.errors import RecipeError
+from glance_trt.export.quiet import quiet
 from glance_trt.recipe import Recipe
 
 
@@ -35,19 +36,25 @@ class DiffusersReference:
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
         self._recipe = recipe
-        self._pipe = StableDiffusionPipeline.from_pretrained(folder / recipe.model, torch_dtype=torch.float32)
+        with quiet():
+            self._pipe = self._load(StableDiffusionPipeline, recipe, folder)
         self._pipe.set_progress_bar_config(disable=True)
         name = recipe.scheduler or type(self._pipe.scheduler).__name__
         if name != "DDIMScheduler":
             raise RecipeError(f"{recipe.model}: whole images are compared for DDIMScheduler only; this is {name}")
         self._pipe.scheduler = DDIMScheduler.from_config(self._pipe.scheduler.config)
-        for phase in recipe.phases:
-            if phase.lora:
-                self._pipe.load_lora_weights(str(folder / phase.lora.file), adapter_name=phase.name)
         scheduler = self._pipe.scheduler
         scheduler.set_timesteps(recipe.teacher_steps)
         grid = scheduler.timesteps.tolist()
         self._knots = [(phase, grid[step - 1]) for phase in recipe.phases for step in phase.steps]
+
+    @staticmethod
+    def _load(pipeline: Any, recipe: Recipe, folder: Path) -> Any:
+        pipe = pipeline.from_pretrained(folder / recipe.model, torch_dtype=torch.float32)
+        for phase in recipe.phases:
+            if phase.lora:
+                pipe.load_lora_weights(str(folder / phase.lora.file), adapter_name=phase.name)
+        return pipe
 
     @torch.no_grad()
     def generate(self, prompt: str, seeds: Sequence[int]) -> NDArray[np.uint8]:
