@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from glance_trt import bench, duel
 from glance_trt.bundle import Bundle
-from glance_trt.cli.bench import command
+from glance_trt.cli.main import commands
 from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.pipeline import Pipeline
 from glance_trt.runtime.runners import Runner
@@ -186,7 +186,9 @@ def test_against_without_diffusers_says_what_to_install(
 
 
 def test_command_prints_stable_json(tiny_bundle: Path) -> None:
-    result = CliRunner().invoke(command, [str(tiny_bundle), "--runs", "1", "--batch", "2", "--threads", "1", "--json"])
+    result = CliRunner().invoke(
+        commands, ["bench", str(tiny_bundle), "--runs", "1", "--batch", "2", "--threads", "1", "--json"]
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     manifest = Bundle.open(tiny_bundle).manifest
@@ -203,7 +205,7 @@ def test_command_prints_stable_json(tiny_bundle: Path) -> None:
 
 
 def test_command_prints_a_table(tiny_bundle: Path) -> None:
-    result = CliRunner().invoke(command, [str(tiny_bundle), "--runs", "1", "--threads", "1"])
+    result = CliRunner().invoke(commands, ["bench", str(tiny_bundle), "--runs", "1", "--threads", "1"])
     assert result.exit_code == 0, result.output
     for expected in ("batch 1", "batch 4", "step, slow", "step, fast", "decoder", "outside the engine", "1 threads"):
         assert expected in result.stdout
