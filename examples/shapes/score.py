@@ -82,8 +82,8 @@ def read(image: NDArray[np.uint8]) -> Reading:
     """Read an image [64, 64, 3] uint8."""
     pixels = image.astype(float)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    background = _nearest(np.median(border, axis=0), BACKGROUNDS)
     ground = np.median(border, axis=0)
+    background = _nearest(ground, BACKGROUNDS)
     distance = np.linalg.norm(pixels - ground, axis=-1)
     labels, count = ndimage.label(distance > 45)
     objects = []
