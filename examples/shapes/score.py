@@ -1,9 +1,9 @@
 """Reads an image of shapes back and says whether a caption holds.
 
-The reader uses no model: the background is the palette colour nearest to the median of the border, objects are the connected
-regions that differ from it, their colour is the palette colour nearest to their core, and shape and size come from the
-outline of `data.py` that overlaps the region best. It is only worth its own error rate; `python score.py` measures that
-on rendered images.
+The reader uses no model: the background is the palette colour nearest to the median of the border, objects are the
+connected regions that differ from it, their colour is the palette colour nearest to their core, and shape and size come
+from the outline of `data.py` that overlaps the region best. It is only worth its own error rate; `python score.py`
+measures that on rendered images.
 """
 
 from __future__ import annotations
