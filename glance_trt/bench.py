@@ -78,7 +78,7 @@ def measure(
 ) -> Report:
     """Time a bundle: `runs` times each stage, after one run that is not counted.
 
-    against: the recipe that the bundle was built from, to be run by diffusers too. threads: that both sides compute
+    against: the recipe that the bundle was built from, to be run by diffusers too. threads: that each side computes
     with, by default one per core. Raises `InputError`, and `TargetError` where a side cannot run here.
     """
     if runs < 1 or not batches or min(batches) < 1:
@@ -93,7 +93,7 @@ def measure(
         if plan.name != bundle.manifest.name:
             names = f"{against} is the recipe of {plan.name}, the bundle is {bundle.manifest.name}"
             raise InputError(f"--against: {names}; give the recipe that it was built from")
-        prompt = plan.distill.prompt if plan.distill else PROMPT
+        prompt = (plan.distill and plan.distill.prompt) or PROMPT
         duels = cold_start(bundle.directory, against, prompt, runs, threads, progress)
         duels += steady_state(bundle.directory, against, prompt, runs, batches, threads, progress)
     with Pipeline.open(bundle, threads=threads) as pipeline:

@@ -19,6 +19,7 @@ from glance_trt.errors import BundleError, ModelError, OutputError, RecipeError,
 from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Recipe
 from glance_trt.runtime.runners import Runner
+from glance_trt.schema import GuidanceMode
 from glance_trt.staging import Staging, key_of, writing
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "safetensors")
@@ -92,6 +93,7 @@ class _Build:
     def __init__(
         self, plan: Recipe, folder: Path, wanted: Sequence[Target], previous: Bundle | None, progress: Progress
     ) -> None:
+        from glance_trt.export import phases
         from glance_trt.export.families import open_model
 
         self.plan, self.targets, self.previous, self.progress = plan, wanted, previous, progress
@@ -99,22 +101,19 @@ class _Build:
         self.model = folder / plan.model
         self.family = open_model(self.model, plan)
         self.image = self.family.image()
-        self.schedules = {"default": _table(self.family.scheduler_config(), plan)}
-        self.sources = self.family.sources()
+        self.schedules = {"default": table(self.family.scheduler_config(), plan)}
         self.tensors = self._read_weights()
-        self.loras = self._read_loras(folder)
+        self.loras = phases.loras(plan, folder, self.tensors["denoiser"])
+        self.guides = phases.guides(plan, folder, self.family)
+        self.sources = self.family.sources(self.guides)
         self.texts = self.family.tokenizers()
         self.graphs: dict[str, Graph] = {}
         self.engines: dict[str, EngineSet] = {}
         self.tokenizers: dict[str, format_.Tokenizer] = {}
         self.seconds: dict[str, float] = {}
         self.tools = {name: metadata.version(name) for name in _TOOLS} | {"glance-trt": __version__}
-        self.source_keys = {kind: self._source_key(kind) for kind in self.sources}
-        self.lora_keys = {
-            phase: key_of(hashing.sha256_of_file(item.file), {name: pair.scale for name, pair in item.pairs.items()})
-            for phase, item in self.loras.items()
-            if item
-        }
+        self.source_keys = {kind: self._source_key(kind) for kind in self.family.components}
+        self.phase_keys = {phase.name: self._phase_key(phase.name) for phase in plan.phases}
         self.key = self._build_key()
 
     def run(self, output: Path, overwrite: bool) -> Report:
@@ -125,7 +124,7 @@ class _Build:
         self.staging = Staging(output, self.previous)
         with self._timed("tokenizer"):
             self._write_tokenizers()
-        for kind in self.sources:
+        for kind in self.family.components:
             with self._timed("fuse and export"):
                 self._export(kind)
         for target in self.targets:
@@ -144,16 +143,6 @@ class _Build:
 
         return {kind: component_tensors(self.model / part) for kind, part in self.family.components.items()}
 
-    def _read_loras(self, folder: Path) -> dict[str, Any]:
-        from glance_trt.export import lora
-
-        return {
-            phase.name: lora.read(folder / phase.lora.file, self.tensors["denoiser"], phase.lora.scale)
-            if phase.lora
-            else None
-            for phase in self.plan.phases
-        }
-
     def _notes(self) -> tuple[str, ...]:
         return tuple(
             f"{item.file} gives no alpha; its scale is taken as {item.scale:g}. If it was trained at alpha / rank, set "
@@ -169,18 +158,33 @@ class _Build:
             [hashing.sha256_of_file(file) for file in sorted({ref.file for ref in self.tensors[kind].values()})]
         )
 
-    def _graph_key(self, kind: str) -> str:
+    def _phase_key(self, phase: str) -> str:
+        """The key of what a phase changes in the denoiser's weights, and adds to them."""
+        lora, guide = self.loras[phase], self.guides.get(phase)
+        scales = {name: pair.scale for name, pair in lora.pairs.items()} if lora else {}
+        return key_of([hashing.sha256_of_file(item.file) for item in (lora, guide) if item], scales)
+
+    def _graph_key(self, graph: str) -> str:
         """The key of what is traced, which is independent of the weights' values."""
-        source, config = self.sources[kind], self.model / self.family.components[kind] / "config.json"
+        from glance_trt.export.families import source_of
+
+        source, (kind, _, phase) = source_of(self.sources, graph), graph.partition(".")
+        config = self.model / self.family.components[kind] / "config.json"
         ports = [strict.write(port) for port in (*source.inputs, *source.outputs)]
         guidance = (self.plan.guidance.mode, self.plan.guidance.rescale) if kind == "denoiser" else None
-        return key_of(self.family.name, hashing.sha256_of_file(config), ports, guidance, self.tools)
+        guide = strict.write(self.guides[phase].config) if phase in self.guides else None
+        return key_of(self.family.name, hashing.sha256_of_file(config), ports, guidance, guide, self.tools)
+
+    def _names(self, kind: str) -> list[str]:
+        """The graphs that a component makes."""
+        return [f"{kind}.{phase.name}" for phase in self.plan.phases] if kind == "denoiser" else [kind]
 
     def _build_key(self) -> str:
         """The key of the whole bundle."""
         parts = [strict.write(part) for part in (self.schedules["default"], self.image, self.plan.guidance)]
-        phases = [(phase.name, self.lora_keys.get(phase.name)) for phase in self.plan.phases]
-        components = [(kind, self.source_keys[kind], self._graph_key(kind)) for kind in self.sources]
+        phases = list(self.phase_keys.items())
+        graphs = [(name, self._graph_key(name)) for kind in self.source_keys for name in self._names(kind)]
+        components = [self.source_keys, graphs]
         made_for = [(strict.write(target), backends.requires(target)) for target in self.targets]
         return key_of(self.plan.name, parts, phases, components, self.texts, made_for)
 
@@ -209,29 +213,34 @@ class _Build:
     def _export(self, kind: str) -> None:
         """The weights of one component, and a graph for each dtype that a target asks for (and each phase)."""
         from glance_trt.export import trace, weights
+        from glance_trt.export.families import source_of
 
-        source = self.sources[kind]
-        traced: dict[str, Any] = {}
-        files = self._write_weights(kind, trace.parameter_names(source))
+        traced: dict[Any, Any] = {}
+        files = self._write_weights(kind, trace.parameter_names(self.sources[kind]))
         tensors = {file: weights.read_header(self.staging.folder / file)[0] for file in files}
-        for name in [f"denoiser.{phase.name}" for phase in self.plan.phases] if kind == "denoiser" else [kind]:
+        for name in self._names(kind):
+            source = source_of(self.sources, name)
             own = [file for file in files if file in ("denoiser.base.safetensors", f"{name}.safetensors")]
             bound = {tensor: ref for file in own for tensor, ref in tensors[file].items()}  # a phase's own come last
             layout = {tensor: (ref.file.name, ref.dtype, ref.shape, ref.offset) for tensor, ref in bound.items()}
             graph_files: dict[str, str] = {}
             for dtype in sorted({target.dtype for target in self.targets}):
 
-                def make(folder: Path, name: str = name, dtype: str = dtype, bound: Any = bound) -> list[str]:
-                    if dtype not in traced:
-                        self.progress(f"trace {kind} {dtype}", 0, 1)
-                        traced[dtype] = trace.trace(source, dtype)
-                        self.progress(f"trace {kind} {dtype}", 1, 1)
-                    trace.bind(traced[dtype], bound, folder / f"{name}.{dtype}.onnx")
+                def make(
+                    folder: Path, name: str = name, dtype: str = dtype, bound: Any = bound, source: Any = source
+                ) -> list[str]:
+                    if (id(source), dtype) not in traced:  # phases mostly share one source
+                        self.progress(f"trace {name} {dtype}", 0, 1)
+                        traced[id(source), dtype] = trace.trace(source, dtype)
+                        self.progress(f"trace {name} {dtype}", 1, 1)
+                    trace.bind(traced[id(source), dtype], bound, folder / f"{name}.{dtype}.onnx")
                     return [f"{name}.{dtype}.onnx"]
 
-                graph_key = key_of("graph", name, dtype, self._graph_key(kind), layout)
+                graph_key = key_of("graph", name, dtype, self._graph_key(name), layout)
                 graph_files[dtype] = self.staging.stage(graph_key, make)[0]
-            guidance = self.plan.guidance.mode if kind == "denoiser" else "none"
+            guidance: GuidanceMode = "none"
+            if kind == "denoiser":
+                guidance = "embedded" if name.partition(".")[2] in self.guides else self.plan.guidance.mode
             self.graphs[name] = Graph(source.inputs, source.outputs, graph_files, tuple(own), guidance)
 
     def _write_weights(self, kind: str, names: Sequence[str]) -> list[str]:
@@ -242,7 +251,7 @@ class _Build:
         if lacking := [name for name in names if stored[name] not in available]:
             raise _lacking(self.model / self.family.components[kind], lacking)
         chosen = {name: available[stored[name]] for name in names}
-        contents = fuse.plan(chosen, self.loras) if kind == "denoiser" else {f"{kind}.safetensors": chosen}
+        contents = fuse.plan(chosen, self.loras, self.guides) if kind == "denoiser" else {f"{kind}.safetensors": chosen}
         for file, tensors in contents.items():
             stage = f"write {file.removesuffix('.safetensors')}"
 
@@ -250,8 +259,8 @@ class _Build:
                 weights.write(folder / file, tensors, self.progress, stage)
                 return [file]
 
-            lora_key = self.lora_keys.get(file.split(".")[1])
-            self.staging.stage(key_of("weights", file, self.source_keys[kind], lora_key, sorted(tensors)), make)
+            phase_key = self.phase_keys.get(file.split(".")[1])
+            self.staging.stage(key_of("weights", file, self.source_keys[kind], phase_key, sorted(tensors)), make)
         return list(contents)
 
     def _compile(self, target: Target) -> None:
@@ -291,7 +300,7 @@ class _Build:
             dtype = self.targets[0].dtype
             runner = parity.PortableRunner(self.staging.folder, {n: g.files[dtype] for n, g in self.graphs.items()})
         files = self.graphs
-        reference = parity.Reference(self.family, self.model, self.loras)
+        reference = parity.Reference(self.family, self.model, self.loras, self.guides)
         try:
             return parity.check(runner, dict.fromkeys(files, dtype), reference, self.sources, self.progress)
         finally:
@@ -303,6 +312,10 @@ class _Build:
             for phase, item in self.loras.items()
             if item
         )
+        guides = tuple(
+            format_.GuideSource(phase, item.file.name, hashing.sha256_of_file(item.file), item.config.kind)
+            for phase, item in self.guides.items()
+        )
         files = [item.file for item in self.tokenizers.values()]
         for graph in self.graphs.values():
             files += [*graph.files.values(), *graph.weights]
@@ -313,7 +326,7 @@ class _Build:
             format=format_.FORMAT,
             name=self.plan.name,
             family=self.family.name,
-            provenance=format_.Provenance(self.model.resolve().name, loras, self.tools | {"build": self.key}),
+            provenance=format_.Provenance(self.model.resolve().name, loras, self.tools | {"build": self.key}, guides),
             image=self.image,
             tokenizers=self.tokenizers,
             guidance=format_.Guidance(self.plan.guidance.scale, self.plan.guidance.negative_prompt),
@@ -341,7 +354,8 @@ def _check_phase_names(plan: Recipe) -> None:
         taken.add(name.lower())
 
 
-def _table(config: Mapping[str, Any], plan: Recipe) -> format_.Schedule:
+def table(config: Mapping[str, Any], plan: Recipe) -> format_.Schedule:
+    """A recipe's schedule for a model with this scheduler config, as a bundle holds it. Raises `RecipeError`."""
     phases = [(phase.name, phase.steps) for phase in plan.phases]
     compiled = schedule.compile_schedule(config, phases, teacher_steps=plan.teacher_steps, sampler=plan.sampler)
     steps = tuple(format_.Step(step.phase, step.timestep, (step.c_in, step.a, step.b)) for step in compiled.steps)

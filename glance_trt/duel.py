@@ -96,31 +96,33 @@ def run_process(command: Sequence[str], threads: int) -> tuple[float, float]:
 def steady_state(
     bundle: Path, against: str, prompt: str, runs: int, batches: Sequence[int], threads: int, progress: Progress
 ) -> list[Duel]:
-    """Images per second of two processes that live on, in alternating blocks; arguments as in `cold_start`.
+    """Images per second of processes that live on, in alternating blocks; arguments as in `cold_start`.
 
-    Each prompt begins with numbers of its own, so that none is cached.
+    The peer runs twice: with LoRAs that it switches, as they are, and with a UNet per phase, its LoRA fused in. That is
+    faster, at the cost of memory. Each prompt begins with numbers of its own, so that none is cached.
     """
     ours = [sys.executable, "-m", "glance_trt.duel", str(bundle), str(threads)]
     peer = [sys.executable, *_PEER, against]
     duels = []
-    with _side(ours, threads) as a, _side(peer, threads) as b:
+    with _side(ours, threads) as a, _side(peer, threads) as b, _side([*peer, "--fused"], threads) as c:
+        sides = (a, b, c)
         for batch in batches:
             stage = f"steady state, batch {batch}"
             progress(stage, 0, runs + 1)
-            for side in (a, b):
+            for side in sides:
                 side.seconds(f"{batch} {prompt}", 0, batch)
-            usual = min(side.seconds(f"{batch}.0 {prompt}", 0, batch) for side in (a, b))
+            usual = min(side.seconds(f"{batch}.0 {prompt}", 0, batch) for side in sides)
             repeats = max(1, round(_BLOCK / usual))
-            pairs = []
+            rates = []
             for i in range(1, runs + 1):
                 progress(stage, i, runs + 1)
-                pair = [0.0, 0.0]
-                for j, side in enumerate((a, b)):
-                    for k in range(repeats):
-                        pair[j] += side.seconds(f"{batch}.{i * repeats + k} {prompt}", i, batch)
-                pairs.append((batch * repeats / pair[0], batch * repeats / pair[1]))
+                prompts = [f"{batch}.{i * repeats + k} {prompt}" for k in range(repeats)]
+                rates.append(
+                    [batch * repeats / sum(side.seconds(text, i, batch) for text in prompts) for side in sides]
+                )
             progress(stage, runs + 1, runs + 1)
-            duels.append(_duel(f"steady state, batch {batch}", "images/s", pairs))
+            duels.append(_duel(stage, "images/s", [(rate[0], rate[1]) for rate in rates]))
+            duels.append(_duel(f"{stage}, fused peer", "images/s", [(rate[0], rate[2]) for rate in rates]))
     return duels
 
 

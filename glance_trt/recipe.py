@@ -31,20 +31,23 @@ class Lora:
 class Phase:
     """A stretch of the denoising: its 1-based steps on the teacher's grid, and the LoRA that runs them.
 
-    Without a LoRA, the base model runs them.
+    Without a LoRA, the base model runs them. `guide` is a file of additional weights that take the guidance scale, so
+    that one evaluation gives a guided prediction (`glance_trt.export.guide`).
     """
 
     name: str
     steps: tuple[int, ...]
     lora: Lora | None = None
+    guide: str | None = None
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How guidance is computed. ``cfg``: two evaluations per step, mixed by `scale`, optionally rescaled
-    (arXiv 2305.08891, section 3.4); ``none``: one evaluation, without guidance."""
+    (arXiv 2305.08891, section 3.4); ``none``: one evaluation, without guidance or with a fixed one that a LoRA has
+    learned; ``embedded``: one evaluation, in which each phase's guide takes the scale."""
 
-    mode: Literal["none", "cfg"] = "cfg"
+    mode: Literal["none", "cfg", "embedded"] = "cfg"
     scale: float = 5.0
     rescale: float = 0.0
     negative_prompt: str = ""
@@ -56,26 +59,65 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Distill:
-    """Training of the phase experts. The defaults are the paper's (arXiv 2512.02899) for its FLUX base, which names
-    the attention projections that Stable Diffusion has too."""
+    """Training of what the phases name: their LoRAs, their guides, or both at once.
 
-    prompt: str
+    The defaults are those of Glance (arXiv 2512.02899) for its FLUX base, whose attention projections Stable Diffusion
+    has too.
+    """
+
+    method: Literal["ground-truth", "guidance", "trajectory"] = "ground-truth"
+    """``ground-truth``: the base model's own target, at the phase's knots (Glance). ``guidance``: the base model's
+    guided prediction, at all timesteps (arXiv 2312.06899; with a guide, arXiv 2406.01954). ``trajectory``: the states
+    that the guided teacher reaches from the same noise, at the phase's knots."""
+    prompt: str | None = None
+    prompts: str | None = None
+    """A file with a caption per line, instead of `prompt`."""
     image: str | None = None
-    """The image of the pair, of the recipe's size; nothing: the base model samples one for `prompt`."""
+    """The image of `prompt`, of the recipe's size; nothing: the base model samples it."""
+    images: str | None = None
+    """A folder of such images, each with its caption in a .txt file of the same name, instead of `prompt`."""
+    samples: int | None = None
+    """How many images or trajectories the base model samples, the prompts taken in turns; nothing: one per prompt."""
+    guidance: Guidance | None = None
+    """The teacher's. Nothing: the recipe's own, computed in two evaluations where that is embedded."""
+    scales: tuple[float, ...] = (2.0, 9.0)
+    """The range of guidance scales that a guide is trained over."""
+    guide: Literal["embedding", "tiny", "full"] = "embedding"
+    """What a phase's guide is: an embedding of the scale, added to that of the time, for a LoRA to act upon; or
+    adapters behind the middle and decoder blocks, ``tiny`` with at most 1 % of the base's parameters."""
+    on_policy: bool = True
+    """Trajectories: train on the states that the experts themselves reach, not on the teacher's."""
     rank: int = 16
     alpha: float = 64.0
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     steps: int = 60
     learning_rate: float = 5e-4
+    decay: Literal["none", "linear"] = "none"
+    """Of the learning rate, over all steps."""
     weight_decay: float = 0.01
     batch_size: int = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in; weights, losses and the optimizer are float32."""
     caption_dropout: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("rank", "alpha", "steps", "learning_rate", "batch_size"):
-            if not getattr(self, key) > 0:
-                raise strict.Mismatch(f"{key}: expected a positive number, got {getattr(self, key)}")
+        given = [key for key in ("prompt", "prompts", "images") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise strict.Mismatch(f"expected one of prompt, prompts and images, got {', '.join(given) or 'none'}")
+        if self.image is not None and self.prompt is None:
+            raise strict.Mismatch("image: belongs to a prompt; several images go into a folder, named by images")
+        if self.method == "trajectory" and (self.image is not None or self.images is not None):
+            raise strict.Mismatch("method: trajectory needs prompts only; leave the images out")
+        if self.samples is not None and (self.image is not None or self.images is not None):
+            raise strict.Mismatch("samples: the images are given; leave one of the two out")
+        for key in ("rank", "alpha", "steps", "learning_rate", "batch_size", "samples"):
+            if (value := getattr(self, key)) is not None and not value > 0:
+                raise strict.Mismatch(f"{key}: expected a positive number, got {value}")
+        if len(self.scales) != 2 or not self.scales[0] < self.scales[1]:
+            raise strict.Mismatch(f"scales: expected the lowest and the highest one, got {list(self.scales)}")
+        if self.guidance and self.guidance.mode == "embedded":
+            raise strict.Mismatch("guidance.mode: the teacher's is cfg or none")
         if not self.targets:
             raise strict.Mismatch("targets: expected at least one layer, such as to_q")
         if self.weight_decay < 0:
@@ -100,6 +142,7 @@ class Recipe:
     scheduler: str | None = None
     """Name of the diffusers scheduler to take instead of the model's own, such as ``DDIMScheduler``."""
     guidance: Guidance = field(default_factory=Guidance)
+    """Of phases without a guide; one with a guide is ``embedded`` in any case."""
     engines: tuple[str, ...] = ("cpu",)
     distill: Distill | None = None
 
@@ -113,6 +156,10 @@ class Recipe:
                 raise strict.Mismatch(f"phases[{i}].name: {strict.shown(phase.name)} is not 1 to 16 of A-Z a-z 0-9 _ -")
             if names.index(phase.name) != i:
                 raise strict.Mismatch(f"phases[{i}].name: {phase.name!r} stands twice")
+            if phase.guide is None and self.guidance.mode == "embedded":
+                raise strict.Mismatch(f"phases[{i}].guide: missing; guidance.mode embedded needs one in every phase")
+            if phase.guide is not None and self.guidance.mode == "none":
+                raise strict.Mismatch(f"phases[{i}].guide: takes a guidance scale, and guidance.mode is none")
         for key in ("height", "width", "teacher_steps"):
             if getattr(self, key) < 1:
                 raise strict.Mismatch(f"{key}: expected a positive number, got {strict.shown(getattr(self, key))}")

@@ -305,6 +305,20 @@ def teacher_grid(config: Mapping[str, Any], steps: int, image_tokens: int | None
     return _grid(_scheduler(config), steps, image_tokens)
 
 
+def jump_coefficients(config: Mapping[str, Any], steps: int, image_tokens: int | None = None) -> NDArray[np.float64]:
+    """Every jump on the teacher's grid: [N, N + 1, 2], the a and b that lead from before step i to before step j > i.
+
+    Steps count from 0, and N is the end of the grid; what is no jump is nan. Raises `RecipeError` as `teacher_grid`.
+    """
+    scheduler = _scheduler(config)
+    levels = _grid(scheduler, steps, image_tokens).levels
+    table = np.full((steps, steps + 1, 2), np.nan)
+    for i in range(steps):
+        for j in range(i + 1, steps + 1):
+            table[i, j] = scheduler.update(float(levels[i]), float(levels[j]))[1:]
+    return table
+
+
 def compile_schedule(
     config: Mapping[str, Any],
     phases: Phases,

@@ -202,12 +202,26 @@ class LoraSource:
 
 
 @dataclass(frozen=True)
+class GuideSource:
+    """A guide, weights that take the guidance scale, which was added to a phase."""
+
+    phase: str
+    file: str
+    sha256: str
+    kind: str
+
+    def __post_init__(self) -> None:
+        limits.check_sha256("sha256", self.sha256)
+
+
+@dataclass(frozen=True)
 class Provenance:
-    """Where a bundle comes from: the base model, the LoRAs, and the versions of the tools that made it."""
+    """Where a bundle comes from: the base model, the LoRAs and guides, and the versions of the tools that made it."""
 
     model: str
     loras: tuple[LoraSource, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
+    guides: tuple[GuideSource, ...] = ()
 
 
 def _check_compute_dtype(path: str, dtype: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 
 from glance_trt import recipe
 from glance_trt.bundle import Bundle
+from glance_trt.errors import InputError
 from glance_trt.progress import Progress, silent
+from glance_trt.recipe import Recipe
 from glance_trt.runtime.pipeline import Pipeline
 
 
@@ -23,9 +26,21 @@ class Comparison:
     psnr: list[float]
 
 
-def compare(bundle: Bundle, recipe_name: str, images: int, progress: Progress = silent) -> Comparison:
-    """Compare with the model and the LoRAs of a recipe. Raises `ParityError` where a graph differs too much."""
-    from glance_trt.export import lora, parity
+def compare(
+    bundle: Bundle,
+    recipe_name: str,
+    *,
+    prompts: Sequence[str] = (),
+    images: int | None = None,
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare with the model and the LoRAs of a recipe.
+
+    Image i is made of prompt i with the seed i, from 0 on; after the last prompt comes the first again. prompts: by
+    default those that the recipe distils with. images: how many, by default one of each prompt given, or 2. Raises
+    `ParityError` where a graph differs too much.
+    """
+    from glance_trt.export import parity, phases
     from glance_trt.export.families import open_model
     from glance_trt.export.reference import DiffusersReference
     from glance_trt.export.weights import component_tensors
@@ -34,25 +49,43 @@ def compare(bundle: Bundle, recipe_name: str, images: int, progress: Progress = 
     model = folder / plan.model
     family = open_model(model, plan)
     tensors = component_tensors(model / family.components["denoiser"])
-    loras = {
-        phase.name: lora.read(folder / phase.lora.file, tensors, phase.lora.scale) if phase.lora else None
-        for phase in plan.phases
-    }
+    loras, guides = phases.loras(plan, folder, tensors), phases.guides(plan, folder, family)
     with Pipeline.open(bundle) as pipeline:
         dtype = bundle.manifest.engines[pipeline.target].dtype
         graphs = dict.fromkeys(bundle.manifest.graphs, str(dtype))
-        reference = parity.Reference(family, model, loras)
-        results = parity.check(pipeline.runner, graphs, reference, family.sources(), progress)
-        prompt = plan.distill.prompt if plan.distill else "a photograph"
+        reference = parity.Reference(family, model, loras, guides)
+        results = parity.check(pipeline.runner, graphs, reference, family.sources(guides), progress)
+        count = images if images is not None else len(prompts) or 2
+        prompts = prompts or _prompts(plan, folder)
         found = []
-        if images:
+        if count:
             by_diffusers = DiffusersReference(plan, folder)
-            progress("images", 0, images)
-            for seed in range(images):
+            progress("images", 0, count)
+            for seed in range(count):
+                prompt = prompts[seed % len(prompts)]
                 expected = by_diffusers.generate(prompt, [seed])[0]
                 found.append(psnr(np.asarray(pipeline.generate(prompt, seed=seed)[0]), expected))
-                progress("images", seed + 1, images)
+                progress("images", seed + 1, count)
     return Comparison(results, found)
+
+
+def _prompts(plan: Recipe, folder: Path) -> list[str]:
+    if plan.distill and plan.distill.prompts:
+        return read_prompts(folder / plan.distill.prompts)
+    return [(plan.distill and plan.distill.prompt) or "a photograph"]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one per line; blank lines do not count. Raises `InputError`."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a text file with a prompt per line") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text in UTF-8; expected a text file with a prompt per line") from None
+    if not (prompts := [line.strip() for line in text.splitlines() if line.strip()]):
+        raise InputError(f"{path}: no prompt in it; expected one per line")
+    return prompts
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:

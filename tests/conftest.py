@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,19 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 TOKENIZER = REPOSITORY / "examples" / "shapes" / "model" / "tokenizer"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The models of the tests are too small for several threads to pay."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +113,8 @@ def traced() -> Callable[..., Any]:
     real = trace.trace
 
     def trace_once(source: Any, dtype: str) -> Any:
-        key = repr((source.inputs, source.outputs, dtype))
+        arguments = getattr(source.build, "args", ())  # a guide's config, which the inputs do not show
+        key = repr((source.inputs, source.outputs, arguments, dtype))
         if key not in known:
             known[key] = real(source, dtype)
         return known[key]
@@ -140,6 +157,36 @@ def write_lora(tiny_model: Path) -> Callable[..., Path]:
             unet_lora_adapter_metadata=metadata if with_metadata else None,
             weight_name=path.name,
         )
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_guide(tiny_model: Path) -> Callable[..., Path]:
+    """Writes a random guide of the tiny model's UNet, and returns its path.
+
+    ``write(path, kind, seed=0)``
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    from glance_trt import strict
+    from glance_trt.export import guide
+
+    unet = UNet2DConditionModel.load_config(tiny_model / "unet")
+
+    def write(path: Path, kind: guide.Kind, *, seed: int = 0) -> Path:
+        config = guide.configure("full" if kind == "tiny" else kind, unet, 0)
+        if kind == "tiny":  # the model is too small for one of 1 %
+            config = dataclasses.replace(config, kind=kind, widths=dict.fromkeys(config.channels, 3))
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            name: 0.3 * torch.randn(value.shape, generator=generator)
+            for name, value in guide.Guide(config).state_dict().items()
+        }
+        save_file(tensors, path, {guide.METADATA: json.dumps(strict.write(config))})
         return path
 
     return write

@@ -23,18 +23,20 @@ from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.pipeline import Pipeline
 from glance_trt.runtime.runners import Runner
 
-# Answers batches as the peer does, after 20 ms per image, and notes the requests.
+# Answers batches as the peer does, after 20 ms per image, or 10 ms with fused LoRAs, and notes the requests.
 PEER = """
 import json, os, sys, time
-if len(sys.argv) > 2:
+if len(sys.argv) > 3:
     open(sys.argv[4], "w").write(os.environ["OMP_NUM_THREADS"])
 else:
-    with open({log!r}, "a") as log:
+    fused = sys.argv[2:] == ["--fused"]
+    with open({log!r} + ".fused" * fused, "a") as log:
         for line in sys.stdin:
             log.write(line)
             log.flush()
-            time.sleep(0.02 * len(json.loads(line)["seeds"]))
-            print(0.02 * len(json.loads(line)["seeds"]), flush=True)
+            seconds = (0.01 if fused else 0.02) * len(json.loads(line)["seeds"])
+            time.sleep(seconds)
+            print(seconds, flush=True)
 """
 
 RECIPE = """
@@ -139,7 +141,9 @@ def test_against_runs_both_sides_alike(tiny_bundle: Path, tmp_path: Path, monkey
         assert f"{package} {metadata.version(package)}" in report.peer
     assert "1 threads" in report.peer
     cold, memory, *steady = report.duels
-    assert [item.quantity for item in steady] == ["steady state, batch 1", "steady state, batch 3"]
+    assert [item.quantity for item in steady] == [
+        f"steady state, batch {batch}{peer}" for batch in (1, 3) for peer in ("", ", fused peer")
+    ]
     for item in report.duels:
         assert len(item.pairs) == 2
         assert item.glance_trt == median(pair[0] for pair in item.pairs)
@@ -148,12 +152,15 @@ def test_against_runs_both_sides_alike(tiny_bundle: Path, tmp_path: Path, monkey
         assert item.ratio == pytest.approx(median(b / a for a, b in item.pairs))
     for item in steady:
         assert item.unit == "images/s"
-        assert item.peer == pytest.approx(50), "one image in 20 ms"
+        assert item.peer == pytest.approx(100 if "fused" in item.quantity else 50), "one image in 10 or 20 ms"
         assert item.ratio == pytest.approx(median(a / b for a, b in item.pairs))
     requests = [json.loads(line) for line in log.read_text().splitlines()]
     assert {len(request["seeds"]) for request in requests} == {1, 3}
     of_three = [request["prompt"] for request in requests if len(request["seeds"]) == 3]
     assert len(set(of_three)) == len(of_three), "a repeated prompt would spare one side its text encoder"
+    assert (tmp_path / "requests.fused").read_text() == log.read_text(), "both peers do the same work"
+    for switched, fused in (steady[:2], steady[2:]):
+        assert [a for a, _ in switched.pairs] == [a for a, _ in fused.pairs], "glance-trt is measured once"
     for stage in {stage for stage, _, _ in seen}:
         calls = [(done, total) for name, done, total in seen if name == stage]
         assert calls[0][0] == 0
@@ -221,9 +228,12 @@ def test_reference_process_makes_one_image_or_answers_batches(
 
     from glance_trt.export import reference
 
+    made: list[bool] = []
+
     class Stub:
-        def __init__(self, plan: Any, folder: Path) -> None:
+        def __init__(self, plan: Any, folder: Path, *, fused: bool) -> None:
             assert (plan.name, folder) == ("tiny", tmp_path)
+            made.append(fused)
 
         def generate(self, prompt: str, seeds: list[int]) -> NDArray[np.uint8]:
             assert prompt == "a star"
@@ -236,8 +246,10 @@ def test_reference_process_makes_one_image_or_answers_batches(
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (6, 4)
         assert image.getpixel((0, 0)) == (7, 7, 7)
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "a star", "seeds": [1, 2, 3]}\n' * 2))
-    reference._main(recipe)
-    answers = [float(line) for line in capsys.readouterr().out.split()]
-    assert len(answers) == 2
-    assert min(answers) >= 0.03
+    for options in ([], ["--fused"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "a star", "seeds": [1, 2, 3]}\n' * 2))
+        reference._main(recipe, *options)
+        answers = [float(line) for line in capsys.readouterr().out.split()]
+        assert len(answers) == 2
+        assert min(answers) >= 0.03
+    assert made == [False, False, True]

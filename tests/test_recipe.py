@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from glance_trt import recipe
 from glance_trt.engines import targets
@@ -80,7 +82,10 @@ def test_defaults_are_those_of_the_paper(file: Path) -> None:
         ("name: fast", "name: slow", "phases[1].name: 'slow' stands twice"),
         ("name: fast", "name: fast.1", "phases[1].name: 'fast.1' is not 1 to 16 of A-Z a-z 0-9 _ -"),
         ("name: fast", "name: ''", "phases[1].name: '' is not 1 to 16 of"),
-        ("mode: cfg", "mode: cgf", "guidance.mode: expected one of none, cfg; got text ('cgf')"),
+        ("mode: cfg", "mode: cgf", "guidance.mode: expected one of none, cfg, embedded; got text ("),
+        ("mode: cfg", "mode: embedded", "phases[0].guide: missing; guidance.mode embedded needs one in every phase"),
+        ("[1, 3]", "[1, 3]\n    guide: 5", "phases[0].guide: expected text, got a whole number (5)"),
+        ("[1, 3]", "[1, 3]\n    giude: x", "phases[0].giude: unknown key; did you mean 'guide'?"),
         ("mode: cfg", "rescale: 1.5", "guidance.rescale: expected 0 to 1, got 1.5"),
         ("scale: 4}\n", "scale: .inf}\n", "guidance.scale: expected a finite number, got inf"),
         ("scale: 4}\n", "scale: .nan}\n", "guidance.scale: expected a finite number, got nan"),
@@ -136,6 +141,99 @@ def test_a_missing_recipe_is_named_beside_the_shipped_ones(name: str) -> None:
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such file, and no shipped recipe"):
         recipe.load(tmp_path)
+
+
+def test_a_guide_stands_beside_a_lora_or_alone(file: Path) -> None:
+    guided = GOOD.replace("steps: [1, 3]", "steps: [1, 3]\n    guide: slow.guide.safetensors")
+    file.write_text(guided)  # a guide in one phase, two evaluations in the other
+    slow, fast = recipe.load(file)[0].phases
+    assert slow == recipe.Phase("slow", (1, 3), recipe.Lora("slow.safetensors"), "slow.guide.safetensors")
+    assert fast.guide is None
+    file.write_text(guided.replace("mode: cfg", "mode: none"))
+    with pytest.raises(RecipeError, match=re.escape("phases[0].guide: takes a guidance scale, and guidance.mode is")):
+        recipe.load(file)
+    alone = GOOD.replace("lora: {file: slow.safetensors}", "guide: a").replace(
+        "lora: {file: fast", "guide: b, lora: {file: fast"
+    )
+    file.write_text(alone.replace("mode: cfg", "mode: embedded"))
+    loaded = recipe.load(file)[0]
+    assert (loaded.guidance.mode, loaded.phases[0]) == ("embedded", recipe.Phase("slow", (1, 3), guide="a"))
+
+
+DISTILL = "prompt: a cat, method: trajectory, guidance: {mode: none}, scales: [1, 8], guide: tiny"
+
+
+def test_distillation_is_read_with_all_of_its_settings(file: Path) -> None:
+    file.write_text(GOOD + f"distill: {{{DISTILL}, on_policy: no, samples: 64, decay: linear, precision: bfloat16}}\n")
+    assert recipe.load(file)[0].distill == recipe.Distill(
+        method="trajectory",
+        prompt="a cat",
+        samples=64,
+        guidance=recipe.Guidance(mode="none"),
+        scales=(1.0, 8.0),
+        guide="tiny",
+        on_policy=False,
+        decay="linear",
+        precision="bfloat16",
+    )
+
+
+def test_distillation_defaults_to_the_papers_ground_truth() -> None:
+    distill = recipe.Distill(prompt="a cat")
+    assert (distill.method, distill.guide, distill.scales) == ("ground-truth", "embedding", (2.0, 9.0))
+    assert distill.targets == ("to_q", "to_k", "to_v", "to_out.0")
+    assert (distill.decay, distill.precision, distill.caption_dropout, distill.on_policy) == (
+        "none",
+        "float32",
+        0.0,
+        True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"prompt": None}, "distill: expected one of prompt, prompts and images, got none"),
+        ({"prompts": "p.txt"}, "distill: expected one of prompt, prompts and images, got prompt, prompts"),
+        (
+            {"prompt": None, "prompts": "p.txt", "images": "x"},
+            "distill: expected one of prompt, prompts and images, got prompts, images",
+        ),
+        (
+            {"prompt": None, "prompts": "p.txt", "image": "x.png"},
+            "distill.image: belongs to a prompt; several images go into a folder, named by images",
+        ),
+        ({"method": "trajectory", "image": "x.png"}, "distill.method: trajectory needs prompts only; leave the images"),
+        ({"method": "trajectory", "prompt": None, "images": "x"}, "distill.method: trajectory needs prompts only"),
+        ({"method": "guided"}, "distill.method: expected one of ground-truth, guidance, trajectory; got text"),
+        ({"samples": 4, "image": "x.png"}, "distill.samples: the images are given; leave one of the two out"),
+        ({"samples": 4, "prompt": None, "images": "x"}, "distill.samples: the images are given"),
+        ({"samples": 0}, "distill.samples: expected a positive number, got 0"),
+        ({"rank": 0}, "distill.rank: expected a positive number, got 0"),
+        ({"alpha": -1.0}, "distill.alpha: expected a positive number, got -1.0"),
+        ({"steps": 0}, "distill.steps: expected a positive number, got 0"),
+        ({"learning_rate": 0.0}, "distill.learning_rate: expected a positive number, got 0.0"),
+        ({"batch_size": 0}, "distill.batch_size: expected a positive number, got 0"),
+        ({"scales": [4.0]}, "distill.scales: expected the lowest and the highest one, got [4.0]"),
+        ({"scales": [9, 2]}, "distill.scales: expected the lowest and the highest one, got [9"),
+        ({"scales": [4, 4]}, "distill.scales: expected the lowest and the highest one, got [4"),
+        ({"guidance": {"mode": "embedded"}}, "distill.guidance.mode: the teacher's is cfg or none"),
+        ({"guidance": {"rescale": 2}}, "distill.guidance.rescale: expected 0 to 1, got 2"),
+        ({"guide": "huge"}, "distill.guide: expected one of embedding, tiny, full; got text ('huge')"),
+        ({"decay": "cosine"}, "distill.decay: expected one of none, linear; got text ('cosine')"),
+        ({"precision": "float16"}, "distill.precision: expected one of float32, bfloat16; got text ('float16')"),
+        ({"on_policy": 1}, "distill.on_policy: expected true or false, got a whole number (1)"),
+        ({"targets": []}, "distill.targets: expected at least one layer, such as to_q"),
+        ({"weight_decay": -0.1}, "distill.weight_decay: expected 0 or more, got -0.1"),
+        ({"caption_dropout": 1.5}, "distill.caption_dropout: expected a probability from 0 to 1, got 1.5"),
+        ({"seed": -1}, "distill.seed: expected a whole number from 0 to 2**63 - 1, got -1"),
+    ],
+)
+def test_a_wrong_distillation_is_refused_with_its_place(file: Path, changes: dict[str, Any], text: str) -> None:
+    settings = {key: value for key, value in {"prompt": "a cat", **changes}.items() if value is not None}
+    file.write_text(GOOD + yaml.safe_dump({"distill": settings}))
+    with pytest.raises(RecipeError, match="^" + re.escape(f"{file}: {text}")):
+        recipe.load(file)
 
 
 def test_numbers_in_scientific_notation_are_numbers(file: Path) -> None:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 SIDE = 64
 """Side of an image, pixels."""
 
-COLOURS = {
+Rgb = tuple[int, int, int]
+
+COLOURS: dict[str, Rgb] = {
     "red": (220, 40, 40),
     "green": (40, 165, 60),
     "blue": (45, 80, 220),
@@ -27,12 +29,40 @@ COLOURS = {
     "purple": (150, 50, 190),
     "cyan": (60, 205, 220),
 }
-BACKGROUNDS = {"white": (245, 245, 245), "gray": (130, 130, 130), "black": (15, 15, 15), "pink": (250, 185, 205)}
+BACKGROUNDS: dict[str, Rgb] = {
+    "white": (245, 245, 245),
+    "gray": (130, 130, 130),
+    "black": (15, 15, 15),
+    "pink": (250, 185, 205),
+}
 SHAPES = ("circle", "square", "triangle", "star")
 RELATIONS = ("left of", "right of", "above", "below")
 RADII = {"small": (7.0, 8.5), "large": (12.0, 13.5)}
 """Half the height of an object, pixels: the range from which it is drawn, per size."""
 
+
+@dataclass(frozen=True)
+class Style:
+    """How scenes are drawn: the palettes, and whether objects have a dark edge. The captions stay the same."""
+
+    colours: dict[str, Rgb]
+    backgrounds: dict[str, Rgb]
+    outlined: bool = False
+
+
+def _at_night(palette: dict[str, Rgb]) -> dict[str, Rgb]:
+    return {name: (round(0.55 * r), round(0.55 * g), round(0.65 * b) + 35) for name, (r, g, b) in palette.items()}
+
+
+STYLES = {
+    "plain": Style(COLOURS, BACKGROUNDS),
+    "outlined": Style(COLOURS, BACKGROUNDS, outlined=True),
+    "night": Style(_at_night(COLOURS), _at_night(BACKGROUNDS)),
+}
+PLAIN = STYLES["plain"]
+
+_EDGE = 1.6  # pixels that the dark edge of an outlined object is wide
+_SHADE = 0.4  # of the object's colour, the edge's
 _SUPERSAMPLING = 4
 _GAP = 2.0  # pixels between objects, and between an object and the border
 
@@ -158,17 +188,23 @@ def place(scene: Scene, rng: np.random.Generator) -> list[Placed]:
     ]
 
 
-def draw(background: str, objects: list[Placed]) -> NDArray[np.uint8]:
+def draw(background: str, objects: list[Placed], style: Style = PLAIN) -> NDArray[np.uint8]:
     """The image, [64, 64, 3] uint8."""
     n = _SUPERSAMPLING
-    image = Image.new("RGB", (SIDE * n, SIDE * n), BACKGROUNDS[background])
+    image = Image.new("RGB", (SIDE * n, SIDE * n), style.backgrounds[background])
     pen = ImageDraw.Draw(image)
     for item in objects:
-        corners = outline(item.thing.shape, item.x, item.y, item.radius)
-        pen.polygon([(x * n, y * n) for x, y in corners], fill=COLOURS[item.thing.colour])
+        corners = [(x * n, y * n) for x, y in outline(item.thing.shape, item.x, item.y, item.radius)]
+        colour = style.colours[item.thing.colour]
+        pen.polygon(corners, fill=colour)
+        if style.outlined:  # a line along the corners, as far as it lies inside
+            inside, line = Image.new("1", image.size), Image.new("1", image.size)
+            ImageDraw.Draw(inside).polygon(corners, fill=1)
+            ImageDraw.Draw(line).line([*corners, *corners[:2]], fill=1, width=round(2 * _EDGE * n), joint="curve")
+            image.paste(tuple(round(_SHADE * value) for value in colour), mask=ImageChops.logical_and(inside, line))
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
-def render(scene: Scene, rng: np.random.Generator) -> NDArray[np.uint8]:
+def render(scene: Scene, rng: np.random.Generator, style: Style = PLAIN) -> NDArray[np.uint8]:
     """An image of the scene with random radii and positions, [64, 64, 3] uint8."""
-    return draw(scene.background, place(scene, rng))
+    return draw(scene.background, place(scene, rng), style)

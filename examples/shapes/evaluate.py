@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from data import Scene, held_out_scenes
+from numpy.typing import NDArray
 from score import ATTRIBUTES, score
 from tqdm import tqdm
 
@@ -37,18 +40,27 @@ def bundle_of(recipe: Path, folder: Path) -> Path:
     return bundle
 
 
-def measure(bundle: Path, scenes: list[Scene], seeds: list[int], label: str) -> list[list[dict[str, bool]]]:
+def images_of(bundle: Path, scenes: list[Scene], seeds: list[int], label: str) -> NDArray[np.uint8]:
+    """[scenes, seeds, 64, 64, 3]. Each core generates images of its own: for a model this small, that is faster than
+    two that share the work of one image."""
+    cores = len(os.sched_getaffinity(0))
+    with Pipeline.open(bundle, "cpu", threads=1) as pipeline, ThreadPoolExecutor(cores) as pool:
+
+        def images(i: int) -> list[NDArray[np.uint8]]:
+            # Another noise for each caption: 500 captions on one noise would be 500 views of one accident.
+            return [np.asarray(pipeline.generate(scenes[i].caption, seed=1000 * seed + i)[0]) for seed in seeds]
+
+        bar = tqdm(total=len(scenes), desc=label, disable=not sys.stderr.isatty())
+        found = []
+        for row in pool.map(images, range(len(scenes))):
+            found.append(row)
+            bar.update()
+    return np.array(found)
+
+
+def marks_of(images: NDArray[np.uint8], scenes: list[Scene]) -> list[list[dict[str, bool]]]:
     """The scorer's marks, per scene and seed."""
-    marks: list[list[dict[str, bool]]] = []
-    with Pipeline.open(bundle, "cpu") as pipeline:
-        for i, scene in enumerate(tqdm(scenes, desc=label, disable=not sys.stderr.isatty())):
-            row = []
-            for seed in seeds:
-                # Another noise for each caption: 500 captions on one noise would be 500 views of one accident.
-                image = pipeline.generate(scene.caption, seed=1000 * seed + i)[0]
-                row.append(score(np.asarray(image), scene))
-            marks.append(row)
-    return marks
+    return [[score(image, scene) for image in row] for row, scene in zip(images, scenes, strict=True)]
 
 
 def summary(marks: list[list[dict[str, bool]]], name: str) -> tuple[float, float]:
@@ -71,7 +83,8 @@ def main() -> None:
     print("| model | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
     for label, recipe in ARMS.items():
         start = time.perf_counter()
-        marks = measure(bundle_of(recipe, arguments.bundles), scenes, arguments.seeds, label)
+        images = images_of(bundle_of(recipe, arguments.bundles), scenes, arguments.seeds, label)
+        marks = marks_of(images, scenes)
         results = {name: summary(marks, name) for name in names}
         cells = " | ".join(f"{100 * mean:.1f} ± {100 * half:.1f}" for mean, half in results.values())
         print(f"| {label} | {cells} |", flush=True)

@@ -12,7 +12,7 @@ import argparse
 from dataclasses import dataclass
 
 import numpy as np
-from data import BACKGROUNDS, COLOURS, RADII, SHAPES, Placed, Scene, Thing, held_out_scenes, outline, render
+from data import PLAIN, RADII, SHAPES, STYLES, Placed, Rgb, Scene, Style, Thing, held_out_scenes, outline, render
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
@@ -20,7 +20,9 @@ from scipy import ndimage
 ATTRIBUTES = ("count", "background", "colour", "shape", "size", "relation")
 
 _SIZE_BORDER = (RADII["small"][1] + RADII["large"][0]) / 2
+_CONTRAST = 45  # between an object and the ground
 _MIN_PIXELS = 30  # smaller specks are noise, not objects: the smallest star has 63 pixels
+_EDGE_PIXELS = 2  # what a dark edge takes of an object, rounded up
 _MIN_OVERLAP = 0.8  # intersection over union below which a region is no shape at all
 
 
@@ -32,7 +34,7 @@ class Reading:
     objects: tuple[Placed, ...]
 
 
-def _nearest(colour: NDArray[np.float64], palette: dict[str, tuple[int, int, int]]) -> str:
+def _nearest(colour: NDArray[np.float64], palette: dict[str, Rgb]) -> str:
     return min(palette, key=lambda name: float(np.sum((colour - np.asarray(palette[name], float)) ** 2)))
 
 
@@ -78,25 +80,30 @@ def _read_object(coverage: NDArray[np.float64], colour: str) -> Placed:
     return best
 
 
-def read(image: NDArray[np.uint8]) -> Reading:
-    """Read an image [64, 64, 3] uint8."""
+def read(image: NDArray[np.uint8], style: Style = PLAIN) -> Reading:
+    """Read an image [64, 64, 3] uint8 that is drawn in this style."""
     pixels = image.astype(float)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
-    background = _nearest(ground, BACKGROUNDS)
+    background = _nearest(ground, style.backgrounds)
     distance = np.linalg.norm(pixels - ground, axis=-1)
-    labels, count = ndimage.label(distance > 45)
+    labels, count = ndimage.label(distance > _CONTRAST)
     objects = []
     for index in range(1, count + 1):
         region = labels == index
         if region.sum() < _MIN_PIXELS:
             continue
-        core = region & (distance >= np.quantile(distance[region], 0.6))
-        colour = np.median(pixels[core], axis=0)
-        axis = colour - ground
-        share = np.clip(((pixels - ground) @ axis) / (axis @ axis), 0, 1)
         near = ndimage.binary_dilation(region, iterations=2)
-        objects.append(_read_object(share * near, _nearest(colour, COLOURS)))
+        if style.outlined:  # the edge is as dark on every ground, so that it tells the extent but not the colour
+            core = ndimage.binary_erosion(region, iterations=_EDGE_PIXELS)
+            colour = np.median(pixels[core if core.any() else region], axis=0)
+            share = ndimage.binary_fill_holes(region).astype(float)
+        else:
+            core = region & (distance >= np.quantile(distance[region], 0.6))
+            colour = np.median(pixels[core], axis=0)
+            axis = colour - ground
+            share = np.clip(((pixels - ground) @ axis) / (axis @ axis), 0, 1)
+        objects.append(_read_object(share * near, _nearest(colour, style.colours)))
     return Reading(background, tuple(objects))
 
 
@@ -108,13 +115,13 @@ def _holds(relation: str, first: Placed, second: Placed) -> bool:
     return along > 0 and along > 0.8 * abs(across)
 
 
-def score(image: NDArray[np.uint8], scene: Scene) -> dict[str, bool]:
+def score(image: NDArray[np.uint8], scene: Scene, style: Style = PLAIN) -> dict[str, bool]:
     """Which attributes of the caption hold in the image [64, 64, 3] uint8; ``all`` is their conjunction.
 
     With the right number of objects, the assignment of objects to the caption that satisfies most attributes counts.
     With a wrong number, everything but the background is wrong. Scenes with one object have no ``relation``.
     """
-    reading = read(image)
+    reading = read(image, style)
     wanted = [scene.first] + ([scene.second] if scene.second else [])
     best = dict.fromkeys(ATTRIBUTES[2:5], False) | ({"relation": False} if scene.second else {})
     if len(reading.objects) == len(wanted):
@@ -140,10 +147,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the reader's own error rate on rendered images.")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--style", choices=STYLES, default="plain")
     arguments = parser.parse_args()
-    rng = np.random.default_rng(arguments.seed)
+    rng, style = np.random.default_rng(arguments.seed), STYLES[arguments.style]
     scenes = held_out_scenes(500)
-    scores = [score(render(scene, rng), scene) for i in range(arguments.images) for scene in [scenes[i % 500]]]
+    scores = []
+    for i in range(arguments.images):
+        scene = scenes[i % len(scenes)]
+        scores.append(score(render(scene, rng, style), scene, style))
     for name, share in accuracy(scores).items():
         print(f"{name:<10} {share:8.2%}")
 

@@ -16,7 +16,7 @@ from glance_trt.cli.bars import bars
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="Folder for the LoRAs. Default: the files that the recipe's phases name.",
+    help="Folder for the results. Default: the files that the recipe's phases name.",
 )
 @click.option(
     "--work",
@@ -24,9 +24,9 @@ from glance_trt.cli.bars import bars
     help="Folder for checkpoints and loss logs. Default: .distill beside the recipe.",
 )
 @click.option("--device", help="PyTorch device. Default: cuda if there is one, else cpu.")
-@click.option("--overwrite", is_flag=True, help="Train again where a LoRA file exists.")
+@click.option("--overwrite", is_flag=True, help="Train again where a result exists.")
 def command(recipe: str, output: Path | None, work: Path | None, device: str | None, overwrite: bool) -> None:
-    """Train one LoRA per phase, from one image-caption pair.
+    """Train the LoRAs and guides that a recipe's phases name.
 
     RECIPE is a YAML file, or the name of a shipped recipe. An interrupted run goes on from its last checkpoint.
 

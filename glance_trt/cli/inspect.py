@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from glance_trt import strict
-from glance_trt.bundle import Bundle, Manifest
+from glance_trt.bundle import Bundle, Manifest, Schedule
 
 
 @click.command("inspect")
@@ -38,20 +38,14 @@ def describe(manifest: Manifest) -> list[str]:
     for lora in source.loras:
         alpha = "no alpha in the file" if lora.alpha is None else f"alpha {lora.alpha:g}"
         lines.append(f"  {lora.phase:<12} {lora.file}, scale {lora.scale:g} ({alpha})")
+    lines += [f"  {guide.phase:<12} {guide.file}, guide ({guide.kind})" for guide in source.guides]
     lines.append(f"  images       {image.width} x {image.height}, latents {' x '.join(map(str, image.latent_shape))}")
     guided = {name: graph.guidance for name, graph in manifest.graphs.items() if name.startswith("denoiser.")}
     modes = sorted(set(guided.values()))
     scale = "" if modes == ["none"] else f", scale {manifest.guidance.scale:g} by default"
     lines.append(f"  guidance     {', '.join(modes)}{scale}")
     for name, schedule in manifest.schedules.items():
-        count = f"{len(schedule.steps)} step{'s' if len(schedule.steps) > 1 else ''}"
-        lines.append(f"schedule {name}: {count}, initial noise x {schedule.initial_noise_scale:g}")
-        columns = "".join(f" {name:>10}" for name in schedule.coefficients)
-        width = max(len(name) for name in ("phase", *(step.phase for step in schedule.steps)))
-        lines.append(f"  {'step':>4} {'phase':<{width}} {'timestep':>10}{columns}")
-        for i, step in enumerate(schedule.steps, start=1):
-            numbers = "".join(f" {value:10.5f}" for value in (step.timestep, *step.coefficients))
-            lines.append(f"  {i:>4} {step.phase:<{width}}{numbers}")
+        lines += table(name, schedule)
     sizes = {name: entry.size for name, entry in manifest.files.items()}
     lines.append("graphs")
     for name, graph in manifest.graphs.items():
@@ -65,6 +59,21 @@ def describe(manifest: Manifest) -> list[str]:
     lines.append(f"files: {len(sizes)}, {_size(sum(sizes.values()))}")
     lines += [f"  {_size(size):>9}  {name}" for name, size in sizes.items()]
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # a bundle is not to be trusted
+
+
+def table(name: str, schedule: Schedule) -> list[str]:
+    """A schedule, line by line."""
+    count = f"{len(schedule.steps)} step{'s' if len(schedule.steps) > 1 else ''}"
+    columns = "".join(f" {column:>10}" for column in schedule.coefficients)
+    width = max(len(phase) for phase in ("phase", *(step.phase for step in schedule.steps)))
+    lines = [
+        f"schedule {name}: {count}, initial noise x {schedule.initial_noise_scale:g}",
+        f"  {'step':>4} {'phase':<{width}} {'timestep':>10}{columns}",
+    ]
+    for i, step in enumerate(schedule.steps, start=1):
+        numbers = "".join(f" {value:10.5f}" for value in (step.timestep, *step.coefficients))
+        lines.append(f"  {i:>4} {step.phase:<{width}}{numbers}")
+    return lines
 
 
 def _size(count: int) -> str:

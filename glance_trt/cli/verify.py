@@ -15,19 +15,31 @@ from glance_trt.cli.bars import bars
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", metavar="RECIPE", help="Compare with PyTorch: the model and LoRAs that this recipe names.")
 @click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Prompts of the images, one per line. Default: the recipe's.",
+)
+@click.option(
     "--images",
     type=click.IntRange(min=0),
-    default=2,
-    show_default=True,
-    help="Whole images to compare, with --against.",
+    help="Whole images to compare; image i has the seed i. Default: one per line of --prompts, or 2.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def command(bundle: Path, against: str | None, images: int, as_json: bool) -> None:
+def command(bundle: Path, against: str | None, prompts_file: Path | None, images: int | None, as_json: bool) -> None:
     """Hash every file of a bundle; with --against, compare its CPU engines with PyTorch, per graph and per image.
 
     \b
     Example: glance-trt verify out/shapes.bundle --against export/shapes.yaml
     """
+    if not against and (prompts_file or images is not None):
+        raise click.UsageError("--prompts and --images say what to compare; add --against RECIPE")
+    prompts: list[str] = []
+    if prompts_file:
+        from glance_trt.verify import read_prompts
+
+        prompts = read_prompts(prompts_file)
     opened = Bundle.open(bundle)
     with bars() as progress:
         opened.verify(progress)
@@ -36,11 +48,13 @@ def command(bundle: Path, against: str | None, images: int, as_json: bool) -> No
         if against:
             from glance_trt.verify import compare
 
-            report = compare(opened, against, images, progress)
+            report = compare(opened, against, prompts=prompts, images=images, progress=progress)
             result["graphs"] = {item.graph: item.error for item in report.graphs}
             result["psnr_db"] = report.psnr
             lines += [
                 f"{item.graph:<16} differs by {item.error:.1e}, at most {item.tolerance:g}" for item in report.graphs
             ]
             lines += [f"image {i:<10} {psnr:.1f} dB from diffusers" for i, psnr in enumerate(report.psnr, start=1)]
+            if report.psnr:
+                lines.append(f"{f'{len(report.psnr)} images':<16} at least {min(report.psnr):.1f} dB")
     click.echo(json.dumps(result) if as_json else "\n".join(lines))

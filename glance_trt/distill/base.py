@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,26 +38,6 @@ class Base:
         return found.hexdigest()
 
 
-def read_scheduler_config(folder: Path, class_name: str | None = None) -> dict[str, Any]:
-    """The model's scheduler_config.json, with `class_name` in place of its own class where it is given.
-
-    Raises `ModelError` if the folder holds no Stable Diffusion pipeline, or one that was trained by flow matching.
-    """
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such folder; expected a model in diffusers' layout, with a model_index.json")
-    found = _read_json(folder / "model_index.json").get("_class_name")
-    if found != PIPELINE:
-        raise ModelError(f"{folder}: a {found}; phase experts are trained for a {PIPELINE} (Stable Diffusion 1 and 2)")
-    config = _read_json(folder / "scheduler" / "scheduler_config.json")
-    for name in filter(None, (config.get("_class_name"), class_name)):
-        if name.startswith("FlowMatch"):
-            raise ModelError(
-                f"{folder}: the scheduler is a {name}, and flow matching has another target than the epsilon or "
-                "velocity of Stable Diffusion; give a model with a diffusion scheduler such as DDIMScheduler"
-            )
-    return {**config, "_class_name": class_name or config.get("_class_name")}
-
-
 def load_base(folder: Path) -> Base:
     """Read the tokenizer, text encoder, UNet and VAE of a model folder; nothing is downloaded.
 
@@ -90,18 +68,6 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
         return kind.from_pretrained(str(folder), local_files_only=True, **options)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: cannot be read as a {kind.__name__}: {error}") from error
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{file}: {error.strerror}; a model in diffusers' layout has this file") from None
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: expected keys and values")
-    return content
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -32,7 +32,7 @@ def save(path: Path, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Non
     # In memory first: torch turns a full disk into a RuntimeError.
     buffer = io.BytesIO()
     torch.save({"settings": json.dumps(settings), **vars(checkpoint)}, buffer)
-    files.write(path, lambda file: file.write(buffer.getbuffer()))
+    files.write_bytes(path, buffer.getbuffer())
 
 
 def load(path: Path, settings: Mapping[str, Any]) -> Checkpoint | None:

@@ -1,8 +1,4 @@
-"""Phase experts: one LoRA per phase, trained on one image-caption pair (Glance, arXiv 2512.02899).
-
-Each expert learns the base model's own target, from fresh noise, at the timesteps of its own phase only; no teacher
-is evaluated. Where the paper trains flow models on ``noise - image``, Stable Diffusion has the noise or the velocity.
-"""
+"""Training of what a recipe's phases name, phase by phase, by the recipe's method."""
 
 from __future__ import annotations
 
@@ -12,90 +8,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
 from glance_trt import __version__, strict
-from glance_trt.distill import checkpoint, fitting, loras, pair
-from glance_trt.distill.base import Base, device_of, load_base, read_scheduler_config
-from glance_trt.distill.fitting import Loss, LossFunction
-from glance_trt.distill.pair import Pair
-from glance_trt.errors import OutputError, RecipeError
+from glance_trt.distill import checkpoint, data, files, fitting, loras, teacher
+from glance_trt.distill.base import Base, load_base
+from glance_trt.distill.data import Examples
+from glance_trt.distill.fitting import LossFunction
+from glance_trt.distill.ground_truth import Knots, ground_truth_loss, knots_of
+from glance_trt.distill.guidance import draw_scales, guidance_loss
+from glance_trt.distill.student import Parts, Student
+from glance_trt.distill.teacher import Teacher
+from glance_trt.distill.trajectory import Trajectories, through, trajectory_loss
+from glance_trt.errors import ModelError, OutputError, RecipeError
+from glance_trt.export.families import open_model
 from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Distill, Phase, Recipe
-from glance_trt.schedule import compile_schedule, teacher_grid
+from glance_trt.schedule import Schedule, Step, compile_schedule
 
 SIZE_MULTIPLE = 8
 """Of images, in pixels; what diffusers' pipeline asks for."""
 
-
-@dataclass(frozen=True)
-class Knots:
-    """The noise levels of a phase.
-
-    timesteps [K] float32: what the UNet is given. alphas_cumprod [K] float32: the share of the image in the variance.
-    """
-
-    timesteps: Tensor
-    alphas_cumprod: Tensor
+_METHODS = {
+    "ground-truth": "ground truth (arXiv 2512.02899)",
+    "guidance": "guidance (arXiv 2312.06899)",
+    "trajectory": "trajectories of the guided teacher",
+}
+_SHOWN = 16  # sampled images that a preview shows
 
 
 @dataclass(frozen=True)
-class _Expert:
-    """One LoRA to train."""
+class _Run:
+    """The training of one phase."""
 
-    phase: str
+    phase: Phase
     knots: Knots
-    file: Path
+    jumps: tuple[Step, ...]
+    first: int
+    """Which of the schedule's steps, counted from 0, is the first of `jumps`."""
+    parts: Parts
 
 
-def knots_of(scheduler_config: Mapping[str, Any], teacher_steps: int, steps: tuple[int, ...]) -> Knots:
-    """The noise levels at the 1-based `steps` of the teacher's grid. Raises `RecipeError` as `teacher_grid` does."""
-    grid = teacher_grid(scheduler_config, teacher_steps)
-    indices = [step - 1 for step in steps]
-    levels = torch.from_numpy(grid.levels[indices])
-    if scheduler_config["_class_name"].startswith("Euler"):  # sigmas of x / alpha, so that sigma^2 = (1 - a) / a
-        levels = 1 / (levels**2 + 1)
-    return Knots(torch.from_numpy(grid.timesteps[indices]), levels)
+@dataclass(frozen=True)
+class _Material:
+    """What all runs share: the UNet and its teacher, what they are trained on, and what identifies them."""
 
-
-def ground_truth_loss(
-    unet: UNet2DConditionModel,
-    pair: Pair,
-    knots: Knots,
-    *,
-    prediction_type: str,
-    batch_size: int = 1,
-    caption_dropout: float = 0.0,
-) -> LossFunction:
-    """The paper's loss: the mean squared error to the model's own target for fresh noise, with weight 1.
-
-    Every sample of the batch draws one of the knots uniformly, its own noise, and with probability `caption_dropout`
-    the empty caption. The target is the noise for `epsilon`, the velocity of arXiv 2202.00512 for `v_prediction`, the
-    image for `sample`. The pair and the UNet are on one device.
-    """
-    device = device_of(unet)
-    embeds = torch.cat([pair.prompt_embeds, pair.empty_embeds])
-
-    def loss_of_step(generator: torch.Generator) -> Loss:
-        chosen = torch.randint(len(knots.timesteps), (batch_size,), generator=generator)
-        dropped = torch.rand(batch_size, generator=generator) < caption_dropout
-        noise = torch.randn(batch_size, *pair.latents.shape[1:], generator=generator).to(device)
-        timesteps = knots.timesteps[chosen]
-        alphas = knots.alphas_cumprod[chosen].to(device)[:, None, None, None]
-        signal, spread = alphas**0.5, (1 - alphas) ** 0.5
-        target = {
-            "epsilon": noise,
-            "v_prediction": signal * noise - spread * pair.latents,
-            "sample": pair.latents.expand_as(noise),
-        }[prediction_type]
-        predicted = unet(
-            signal * pair.latents + spread * noise, timesteps.to(device), embeds[dropped.long().to(device)]
-        ).sample
-        return Loss(F.mse_loss(predicted, target), tuple(timesteps.tolist()))
-
-    return loss_of_step
+    unet: UNet2DConditionModel
+    teacher: Teacher
+    examples: Examples
+    scales: Tensor
+    states: Tensor
+    identity: dict[str, Any]
 
 
 def train(
@@ -108,131 +73,220 @@ def train(
     device: str | None = None,
     progress: Progress = silent,
 ) -> list[Path]:
-    """Train one LoRA for each phase of the recipe that names one, and return their files.
+    """Train the LoRA and the guide of each phase of the recipe that names one, and return their files.
 
-    `folder` is what the recipe's paths are relative to. A LoRA goes to the file that its phase names, or to
-    ``<out>/<phase>.safetensors``, in diffusers' layout with alpha and its provenance in the metadata. `work` takes
-    checkpoints (``<phase>.pt``), logs (``<phase>.loss.csv``) and, where the recipe names no image, the base model's own
-    sample (``pair.png``). A run that was interrupted goes on from them when it is called again, and phases whose result
-    is there are not trained twice. `device` is PyTorch's; nothing means CUDA where there is one. Reports the stages
-    ``sample`` and ``train <phase>``, in steps.
+    `folder` is what the recipe's paths are relative to. A result goes to the file that its phase names, or to
+    ``<out>/<phase>.safetensors`` and ``<out>/<phase>.guide.safetensors``; LoRAs are in diffusers' layout, with alpha
+    and their provenance in the metadata. `work` takes checkpoints (``<phase>.pt``), logs (``<phase>.loss.csv``), and
+    what the base model samples, with a preview of its images (``samples.png``). A run that was interrupted goes on from
+    them when it is called again, and phases whose results are there are not trained twice. `device` is PyTorch's;
+    nothing means CUDA where there is one. Reports the stages ``sample``, in images or trajectories, and
+    ``train <phase>``, in steps.
 
     Raises `RecipeError` for a recipe or an image that does not fit, `ModelError` for a base model that is no Stable
-    Diffusion, `OutputError` for a LoRA file that exists (unless `overwrite`), and whatever `fitting.fit` raises.
+    Diffusion, `OutputError` for a result that exists (unless `overwrite`), and whatever `fitting.fit` raises.
     """
     settings = _checked(recipe)
-    model = folder / recipe.model
-    config = read_scheduler_config(model, recipe.scheduler)
+    given = data.read(settings, recipe, folder)
+    config = open_model(folder / recipe.model, recipe).scheduler_config()
     phases = [(phase.name, phase.steps) for phase in recipe.phases]
-    compile_schedule(config, phases, teacher_steps=recipe.teacher_steps, sampler=recipe.sampler)  # or raises
-    experts = [
-        _Expert(phase.name, knots_of(config, recipe.teacher_steps, phase.steps), file)
-        for phase, file in _results(recipe, folder, out)
-    ]
-    unet, encoded, common = _prepare(load_base(model), recipe, settings, folder, config, work, device, progress)
-    identities = {expert.phase: _identity(expert, common) for expert in experts}
-    done = {expert.phase for expert in experts if _is_done(expert, identities[expert.phase], settings.steps, overwrite)}
-    for expert in experts:
-        if expert.phase in done:
-            continue
-        identity = identities[expert.phase]
-        loras.add(unet, settings, fitting.seed_of(settings.seed, expert.phase))
-        loss = ground_truth_loss(
-            unet,
-            encoded,
-            expert.knots,
-            prediction_type=common["prediction_type"],
-            batch_size=settings.batch_size,
-            caption_dropout=settings.caption_dropout,
-        )
-        fitting.fit(expert.phase, unet, loss, settings, identity=identity, work=work, progress=progress)
-        loras.save(unet, expert.file, _provenance(identity, settings.steps))
-        loras.remove(unet)
-    return [expert.file for expert in experts]
+    table = compile_schedule(config, phases, teacher_steps=recipe.teacher_steps, sampler=recipe.sampler)  # or raises
+    runs = _runs(recipe, folder, out, config, table)
+    material = _prepare(load_base(folder / recipe.model), recipe, settings, given, config, work, device, progress)
+    chained = settings.method == "trajectory" and settings.on_policy
+    identities = [_identity(run, material, runs[:i] if chained else [], settings) for i, run in enumerate(runs)]
+    trained = [run for run in runs if list(run.parts)]
+    done = [_is_done(run.parts, identities[runs.index(run)], settings, overwrite) for run in trained]
+    # What a bundle starts from: where the first step is skipped, that is not a state of the teacher's.
+    seeds = range(settings.seed, settings.seed + len(material.states))
+    entry = teacher.noise_of(seeds, material.states.shape[2:]).to(material.states) * table.initial_noise_scale
+    for run, identity in zip(runs, identities, strict=True):
+        if run in trained and (chained or not done[trained.index(run)]):
+            student = Student(material.unet, run.parts, settings, fitting.seed_of(settings.seed, run.phase.name))
+            if done[trained.index(run)]:
+                student.load(run.parts)
+            else:
+                loss = _loss(student, run, material, settings, config, entry)
+                fitting.fit(run.phase.name, student, loss, settings, identity=identity, work=work, progress=progress)
+                student.save(run.parts, _provenance(identity, settings))
+        else:
+            student = Student(material.unet, Parts(None, None), settings, 0)
+        if chained:
+            guided = recipe.guidance.mode == "cfg" and run not in trained  # then the bundle evaluates the base twice
+            predict = material.teacher.predict if guided else student
+            entry = through(predict, _trajectories(run, material, entry), run.jumps)
+        student.remove()
+    return [file for run in trained for file in run.parts]
 
 
 def _checked(recipe: Recipe) -> Distill:
-    if recipe.distill is None:
+    settings = recipe.distill
+    if settings is None:
         raise RecipeError(
             "distill: missing; training needs at least a prompt there, such as 'distill: {prompt: a cat}'"
         )
     for key in ("height", "width"):
         if getattr(recipe, key) % SIZE_MULTIPLE:
             raise RecipeError(f"{key}: {getattr(recipe, key)} is not a multiple of {SIZE_MULTIPLE}")
-    return recipe.distill
-
-
-def _results(recipe: Recipe, folder: Path, out: Path | None) -> list[tuple[Phase, Path]]:
-    results: list[tuple[Phase, Path]] = []
     for i, phase in enumerate(recipe.phases):
-        if phase.lora is None:
-            continue
-        file = folder / phase.lora.file if out is None else out / f"{phase.name}.safetensors"
-        if file in [other for _, other in results]:
-            raise RecipeError(f"phases[{i}].lora.file: {phase.lora.file} is another phase's too; give each its own")
-        results.append((phase, file))
-    if not results:
-        raise RecipeError("phases: none names a lora file, so there is nothing to train")
-    return results
+        if phase.guide is not None and settings.method == "ground-truth":
+            raise RecipeError(f"phases[{i}].guide: ground truth holds no guidance to learn; use another distill.method")
+        if phase.guide is not None and settings.guide == "embedding" and phase.lora is None:
+            raise RecipeError(f"phases[{i}]: an embedding of the scale acts through a LoRA; name one, or another guide")
+        if phase.lora and not phase.guide and recipe.guidance.mode == "cfg" and settings.method != "ground-truth":
+            raise RecipeError(
+                f"guidance.mode: cfg would guide twice what distill.method {settings.method} teaches the LoRA of phase "
+                f"{phase.name}; set it to none, and distill.guidance to the teacher's"
+            )
+    return settings
+
+
+def _runs(recipe: Recipe, folder: Path, out: Path | None, config: Mapping[str, Any], table: Schedule) -> list[_Run]:
+    if str(config.get("_class_name")).startswith("FlowMatch"):
+        raise ModelError(
+            f"{recipe.model}: the scheduler is a {config['_class_name']}, and flow matching has another target than "
+            "the epsilon or velocity of Stable Diffusion; give a model with a diffusion scheduler such as DDIMScheduler"
+        )
+    runs, taken = [], dict[Path, str]()
+    for i, phase in enumerate(recipe.phases):
+        parts = Parts(
+            None if phase.lora is None else _place(folder, phase.lora.file, out, f"{phase.name}.safetensors"),
+            None if phase.guide is None else _place(folder, phase.guide, out, f"{phase.name}.guide.safetensors"),
+        )
+        for file in parts:
+            if file in taken:
+                raise RecipeError(f"phases[{i}]: {file.name} is a result of {taken[file]} too; give each its own file")
+            taken[file] = phase.name
+        jumps = tuple(step for step in table.steps if step.phase == phase.name)
+        first = table.steps.index(jumps[0])
+        runs.append(_Run(phase, knots_of(config, recipe.teacher_steps, phase.steps), jumps, first, parts))
+    if not taken:
+        raise RecipeError("phases: none names a lora or a guide file, so there is nothing to train")
+    return runs
+
+
+def _place(folder: Path, file: str, out: Path | None, name: str) -> Path:
+    return folder / file if out is None else out / name
 
 
 def _prepare(
     base: Base,
     recipe: Recipe,
     settings: Distill,
-    folder: Path,
+    given: data.Given,
     config: Mapping[str, Any],
     work: Path,
     device: str | None,
     progress: Progress,
-) -> tuple[UNet2DConditionModel, Pair, dict[str, Any]]:
-    """What training needs of the base: the UNet and the encoded pair, and what identifies all of its runs.
-
-    The text encoder and the VAE go with `base`, which nobody holds after this.
-    """
+) -> _Material:
+    """The text encoder and the VAE go with `base`, which nobody holds after this."""
     digest = base.digest()
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for module in (base.text_encoder, base.unet, base.vae):
         module.to(place)
-    if settings.image is None:
-        image = pair.sampled_image(base, recipe, settings, config, digest, work / "pair.png", progress)
+    model = teacher.open_teacher(base, recipe, config)
+    embeds, empty = (data.encode_captions(base, captions) for captions in (given.captions, ("",)))
+    count = len(given.images) or settings.samples or len(given.captions)
+    caption = torch.arange(count, device=place) % len(given.captions)
+    by_trajectory = settings.method == "trajectory"
+    has_guide = by_trajectory and any(phase.guide for phase in recipe.phases)
+    fraction = torch.rand(count, generator=torch.Generator().manual_seed(settings.seed)).to(place)
+    scales = draw_scales(has_guide, model, settings, fraction)
+    if given.images:
+        states = data.encode_images(base, given.images)[:, None]
     else:
-        image = pair.read_image(folder / settings.image, recipe)
-    common = {
-        **{key: value for key, value in strict.write(settings).items() if key not in ("image", "steps")},
+        steps = [step - 1 for phase in recipe.phases for step in phase.steps] if by_trajectory else []
+        states = teacher.trajectories(
+            model,
+            embeds=embeds[caption],
+            scales=scales,
+            seed=settings.seed,
+            shape=teacher.latent_shape(base, recipe),
+            keep=[*steps, recipe.teacher_steps],
+            identity={
+                "model": digest,
+                "captions": given.digest(),
+                "guidance": strict.write(model.guidance),
+                "scales": scales.tolist(),
+                "scheduler": dict(config),
+                "teacher_steps": recipe.teacher_steps,
+                "precision": settings.precision,
+            },
+            work=work,
+            progress=progress,
+        )
+        _preview(base, states[:_SHOWN, -1], work / "samples.png")
+    left_out = ("images", "image", "prompts", "steps", "samples", "guidance")
+    identity = {
+        **{key: value for key, value in strict.write(settings).items() if key not in left_out},
+        **({"decay_steps": settings.steps} if settings.decay != "none" else {}),
         "model": digest,
-        "image": pair.digest(image),
+        "captions": given.digest(),
+        "samples": count,
+        "guidance": strict.write(model.guidance),
         "height": recipe.height,
         "width": recipe.width,
         "prediction_type": config.get("prediction_type", "epsilon"),
     }
-    return base.unet, pair.encode(base, image, settings.prompt), common
+    examples = Examples(states[:, -1], embeds, caption, empty)
+    return _Material(base.unet, model, examples, scales, states, identity)
 
 
-def _identity(expert: _Expert, common: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's result depends on, but for the number of its steps."""
+def _loss(
+    student: Student, run: _Run, material: _Material, settings: Distill, config: Mapping[str, Any], entry: Tensor
+) -> LossFunction:
+    if settings.method == "trajectory":
+        return trajectory_loss(student, _trajectories(run, material, entry), run.jumps, settings=settings)
+    if settings.method == "guidance":
+        count = config.get("num_train_timesteps", 1000)
+        every = knots_of({**config, "steps_offset": 0}, count, tuple(range(1, count + 1)))
+        return guidance_loss(student, material.teacher, material.examples, every, settings=settings)
+    kind = material.identity["prediction_type"]
+    return ground_truth_loss(student, material.examples, run.knots, prediction_type=kind, settings=settings)
+
+
+def _trajectories(run: _Run, material: _Material, entry: Tensor) -> Trajectories:
+    """A phase's own part of the states, which are those before each of the schedule's jumps and at the end."""
+    examples, states = material.examples, material.states[:, run.first : run.first + len(run.jumps) + 1]
+    return Trajectories(entry, states, examples.embeds, examples.caption, material.scales)
+
+
+@torch.no_grad()
+def _preview(base: Base, latents: Tensor, file: Path) -> None:
+    """A row of the sampled images, to be looked at."""
+    images = [base.vae.decode(one[None] / base.vae.config["scaling_factor"]).sample[0] for one in latents]
+    pixels = ((torch.cat(images, dim=2).clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    files.write(file, lambda draft: Image.fromarray(pixels).save(draft, "PNG"))
+
+
+def _identity(run: _Run, material: _Material, before: list[_Run], settings: Distill) -> dict[str, Any]:
+    """What a run's result depends on, but for the number of its own steps."""
     return {
-        "phase": expert.phase,
-        **common,
-        "timesteps": expert.knots.timesteps.tolist(),
-        "alphas_cumprod": expert.knots.alphas_cumprod.tolist(),
+        "phase": run.phase.name,
+        **material.identity,
+        "timesteps": run.knots.timesteps.tolist(),
+        "alphas_cumprod": run.knots.alphas_cumprod.tolist(),
+        "after": [[run.phase.name, run.knots.timesteps.tolist(), settings.steps] for run in before],
     }
 
 
-def _provenance(identity: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    return {**identity, "method": "ground truth (arXiv 2512.02899)", "steps": steps, "glance_trt": __version__}
+def _provenance(identity: Mapping[str, Any], settings: Distill) -> dict[str, Any]:
+    return {
+        **identity,
+        "method": _METHODS[settings.method],
+        "steps": settings.steps,
+        "glance_trt": __version__,
+    }
 
 
-def _is_done(expert: _Expert, identity: Mapping[str, Any], steps: int, overwrite: bool) -> bool:
-    """Whether an earlier call has made this file already. Raises `OutputError` if another run did."""
-    if overwrite or not expert.file.exists():
-        return False
-    found = loras.read_provenance(expert.file)
-    if found is None:
-        raise OutputError(
-            f"{expert.file}: exists, and is no result of this training; remove it, or ask to overwrite it"
-        )
-    wanted = {**_provenance(identity, steps), "glance_trt": found.get("glance_trt")}
-    if difference := checkpoint.first_difference(found, wanted):
-        raise OutputError(f"{expert.file}: exists, from another run: {difference}; remove it, or ask to overwrite it")
-    return True
+def _is_done(parts: Parts, identity: Mapping[str, Any], settings: Distill, overwrite: bool) -> bool:
+    """Whether an earlier call has made these files already. Raises `OutputError` if another run did."""
+    there = [] if overwrite else [file for file in parts if file.exists()]
+    for file in there:
+        found = loras.read_provenance(file)
+        if found is None:
+            raise OutputError(f"{file}: exists, and is no result of this training; remove it, or ask to overwrite it")
+        wanted = {**_provenance(identity, settings), "glance_trt": found.get("glance_trt")}
+        if difference := checkpoint.first_difference(found, wanted):
+            raise OutputError(f"{file}: exists, from another run: {difference}; remove it, or ask to overwrite it")
+    return there == list(parts)

@@ -29,6 +29,11 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         draft.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """The same with a content that is there already."""
+    write(path, lambda file: file.write(content))
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents. Raises `OutputError`."""
     try:

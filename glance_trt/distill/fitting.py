@@ -58,11 +58,12 @@ def fit(
 ) -> None:
     """Train the parameters of `module` that require gradients, in place, for `settings.steps` steps in all.
 
-    AdamW at a constant learning rate, gradients clipped to norm 1; the paper's (arXiv 2512.02899) settings otherwise.
-    A checkpoint goes to ``<work>/<name>.pt`` every `checkpoint_every` steps, every minute, and at the end; one that is
-    there already is resumed from, and the result then is bit for bit that of an uninterrupted run (on a CPU, with the
-    same number of threads). `identity` says what the run is; a run can be lengthened, so the number of steps is no part
-    of it. Steps count from 1 in ``<work>/<name>.loss.csv``, with the timesteps of a batch separated by spaces.
+    AdamW, its learning rate constant or falling linearly to zero, and gradients clipped to norm 1; otherwise the
+    settings of Glance (arXiv 2512.02899). A checkpoint goes to ``<work>/<name>.pt`` every `checkpoint_every` steps,
+    every minute, and at the end; one that is there already is resumed from, and the result then is bit for bit that of
+    an uninterrupted run (on a CPU, with the same number of threads). `identity` says what the run is; a run can be
+    lengthened, so the number of steps is no part of it (but where the learning rate falls by it). Steps count from 1 in
+    ``<work>/<name>.loss.csv``, with the timesteps of a batch separated by spaces.
 
     Raises `TrainingError` for a checkpoint of another identity, one past the last step, or a loss or gradient that is
     no finite number; `OutputError` if `work` cannot be written.
@@ -99,6 +100,9 @@ def fit(
                     + (f"The checkpoint of step {kept} is kept: {path}. " if kept else "There is no checkpoint yet. ")
                     + "Try a smaller distill.learning_rate or distill.alpha, or check the base model's own output"
                 )
+            if settings.decay == "linear":
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * (1 - (step - 1) / settings.steps)
             optimizer.step()
             log.write(f"{step},{_joined(timesteps)},{loss.item()!r}\n")
             if step == settings.steps or step % checkpoint_every == 0 or _passed(kept_at) >= CHECKPOINT_SECONDS:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from glance_trt.distill import files
@@ -56,6 +57,12 @@ def remove(unet: UNet2DConditionModel) -> None:
     unet.unload_lora()
 
 
+def restore(unet: UNet2DConditionModel, path: Path) -> None:
+    """Give the LoRA that `add` has added the factors of a file that `save` has written."""
+    factors = {key.removeprefix("unet."): value for key, value in load_file(path).items()}
+    set_peft_model_state_dict(unet, factors)
+
+
 def save(unet: UNet2DConditionModel, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write the UNet's LoRA to a safetensors file that diffusers' `load_lora_weights` applies at alpha / rank.
 
@@ -73,8 +80,8 @@ def save(unet: UNet2DConditionModel, path: Path, provenance: Mapping[str, Any]) 
             weight_name="lora.safetensors",
         )
         content = Path(folder, "lora.safetensors").read_bytes()
-    content = _with_metadata(content, {PROVENANCE: json.dumps(provenance)})
-    files.write(path, lambda file: file.write(content))
+    content = with_metadata(content, {PROVENANCE: json.dumps(provenance)})
+    files.write_bytes(path, content)
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:
@@ -87,7 +94,7 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _with_metadata(content: bytes, more: Mapping[str, str]) -> bytes:
+def with_metadata(content: bytes, more: Mapping[str, str]) -> bytes:
     """A safetensors file with entries added to its metadata, in sorted order.
 
     safetensors 0.8 itself writes them in a random order, and so makes a file of another hash every time.

@@ -20,7 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from glance_trt.errors import ParityError
-from glance_trt.export.families import Family
+from glance_trt.export.families import Family, source_of
+from glance_trt.export.fuse import GUIDE
+from glance_trt.export.guide import GuideFile
 from glance_trt.export.lora import Lora
 from glance_trt.export.trace import Source
 from glance_trt.export.weights import DTYPES, TensorRef, component_tensors
@@ -46,27 +48,36 @@ class Parity:
 class Reference:
     """The PyTorch modules of a model, in float32, loaded one at a time."""
 
-    def __init__(self, family: Family, model: Path, loras: Mapping[str, Lora | None]) -> None:
-        self._family, self._model, self._loras = family, model, loras
-        self._loaded: tuple[str, nn.Module] | None = None
+    def __init__(
+        self,
+        family: Family,
+        model: Path,
+        loras: Mapping[str, Lora | None],
+        guides: Mapping[str, GuideFile] | None = None,
+    ) -> None:
+        self._family, self._model, self._loras, self._guides = family, model, loras, guides or {}
+        self._sources = family.sources(self._guides)
+        self._loaded: tuple[tuple[str, str], nn.Module] | None = None
         self._stored: dict[str, TensorRef] = {}
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """What `graph` should put out for `inputs`."""
         kind, _, phase = graph.partition(".")
-        source = self._family.sources()[kind]
-        if not self._loaded or self._loaded[0] != kind:
+        source, key = source_of(self._sources, graph), (kind, phase if phase in self._guides else "")
+        if not self._loaded or self._loaded[0] != key:
             self._loaded = None  # frees the module before, so that one is held at a time
-            self._loaded = kind, self._load(kind, source)
+            self._loaded = key, self._load(kind, phase, source)
         module = self._loaded[1]
         lora = self._loras[phase] if phase else None
         with torch.no_grad(), _fused(module, lora, source.prefix, self._stored):
             values = [torch.from_numpy(np.asarray(inputs[port.name])) for port in source.inputs]
             return module(*values).numpy()  # type: ignore[no-any-return]
 
-    def _load(self, kind: str, source: Source) -> nn.Module:
+    def _load(self, kind: str, phase: str, source: Source) -> nn.Module:
         module = source.build().float().eval()
         tensors = self._stored = component_tensors(self._model / self._family.components[kind])
+        if phase in self._guides:
+            tensors |= {GUIDE + name: ref for name, ref in self._guides[phase].tensors.items()}
         state = {}
         for name in module.state_dict():
             weight = name.removeprefix(source.prefix)
@@ -126,7 +137,7 @@ def check(
     results = []
     progress("parity", 0, len(graphs))
     for done, (graph, dtype) in enumerate(graphs.items(), start=1):
-        source, error = sources[graph.partition(".")[0]], 0.0
+        source, error = source_of(sources, graph), 0.0
         pixels = source.outputs[0].dtype == "uint8"
         for batch in (1, 3):
             inputs = example_inputs(source, batch, np.random.default_rng(batch))

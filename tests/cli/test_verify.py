@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +61,10 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Calls of the comparison, which needs PyTorch and is not made here."""
     calls: list[Any] = []
 
-    def compare(bundle: Bundle, recipe: str, images: int, progress: object) -> verify.Comparison:
-        calls.append((bundle.directory, recipe, images))
+    def compare(
+        bundle: Bundle, recipe: str, *, prompts: Sequence[str], images: int | None, progress: object
+    ) -> verify.Comparison:
+        calls.append((bundle.directory, recipe, [*prompts], images))
         if recipe == "wrong.yaml":
             raise ParityError("decoder: differs by 3")
         return verify.Comparison([Parity("denoiser.slow", 1.5e-6, 1e-4), Parity("decoder", 1, 1)], [48.26, 51.0])
@@ -77,12 +81,51 @@ def test_comparison_is_shown(run: Run, tiny_bundle: Path, compared: list[Any]) -
         "decoder differs by 1.0e+00, at most 1",
         "image 1 48.3 dB from diffusers",
         "image 2 51.0 dB from diffusers",
+        "2 images at least 48.3 dB",
     ]
     shown = run("verify", tiny_bundle, "--against", "recipe.yaml", "--images", 0, "--json")
     found = json.loads(shown.out)
     assert found["graphs"] == {"denoiser.slow": 1.5e-6, "decoder": 1}
     assert found["psnr_db"] == [48.26, 51.0]
-    assert compared == [(tiny_bundle, "recipe.yaml", 2), (tiny_bundle, "recipe.yaml", 0)]
+    assert compared == [(tiny_bundle, "recipe.yaml", [], None), (tiny_bundle, "recipe.yaml", [], 0)]
+
+
+def test_prompts_are_the_lines_of_a_file(run: Run, tiny_bundle: Path, compared: list[Any]) -> None:
+    Path("prompts.txt").write_text("\ufeffa red circle\r\n\n  ein grünes Quadrat \n", encoding="utf-8")
+    options = ("--against", "recipe.yaml", "--prompts", "prompts.txt")
+    assert run("verify", tiny_bundle, *options).code == 0
+    assert run("verify", tiny_bundle, *options, "--images", 20).code == 0
+    prompts = ["a red circle", "ein grünes Quadrat"]
+    assert compared == [(tiny_bundle, "recipe.yaml", prompts, None), (tiny_bundle, "recipe.yaml", prompts, 20)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"prompts\.txt: No such file or directory; expected a text file with a prompt per line"),
+        (b"\xff\xfe\x00", r"prompts\.txt: not a text in UTF-8; expected a text file with a prompt per line"),
+        (b" \n\n", r"prompts\.txt: no prompt in it; expected one per line"),
+    ],
+    ids=["absent", "binary", "blank"],
+)
+def test_a_file_without_prompts_is_code_8(
+    content: bytes | None, message: str, run: Run, tiny_bundle: Path, compared: list[Any]
+) -> None:
+    if content is not None:
+        Path("prompts.txt").write_bytes(content)
+    shown = run("verify", tiny_bundle, "--against", "recipe.yaml", "--prompts", "prompts.txt")
+    assert (shown.code, shown.out) == (8, "")
+    assert re.fullmatch(f"error: {message}\n", shown.err)
+    assert compared == []
+
+
+@pytest.mark.parametrize("option", [("--prompts", "prompts.txt"), ("--images", 3)])
+def test_what_to_compare_needs_something_to_compare_with(
+    option: tuple[object, ...], run: Run, tiny_bundle: Path
+) -> None:
+    shown = run("verify", tiny_bundle, *option)
+    assert (shown.code, shown.out) == (2, "")
+    assert "--prompts and --images say what to compare; add --against RECIPE" in shown.err
 
 
 def test_difference_from_pytorch_is_code_10(run: Run, tiny_bundle: Path, compared: list[Any]) -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
 
+from glance_trt.distill.base import Base, load_base
+from glance_trt.distill.data import Examples
+from glance_trt.export.families import open_model
 from glance_trt.recipe import Distill, Guidance, Lora, Phase, Recipe
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -35,6 +34,61 @@ def own_home(tiny_model: Path, tmp_path: Path) -> Path:
     """The same with a model of its own, to be altered."""
     shutil.copytree(tiny_model, tmp_path / "home" / "model")
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def base(tiny_model: Path) -> Base:
+    """The tiny model's components; not to be altered."""
+    return load_base(tiny_model)
+
+
+@pytest.fixture
+def unet(base: Base) -> UNet2DConditionModel:
+    """The tiny UNet, for LoRAs to be added to."""
+    return copy.deepcopy(base.unet)
+
+
+@pytest.fixture
+def pipeline(tiny_model: Path) -> StableDiffusionPipeline:
+    """The tiny model in diffusers' own pipeline, in float32."""
+    found = StableDiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float32)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.fixture
+def scheduler_config(tiny_model: Path, make_recipe: Callable[..., Recipe]) -> Mapping[str, Any]:
+    return open_model(tiny_model, make_recipe()).scheduler_config()
+
+
+@pytest.fixture
+def examples() -> Examples:
+    """Three random images, two of which have the same caption; embeddings say in their first number which they are."""
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(2, 3, 16, generator=generator)
+    embeds[:, 0, 0] = torch.tensor([1.0, 2.0])
+    latents = torch.randn(3, 4, 8, 8, generator=generator)
+    return Examples(latents, embeds, torch.tensor([0, 1, 0]), torch.zeros(1, 3, 16))
+
+
+class Recorder(nn.Module):
+    """Stands for a student: keeps what it is given and predicts zero."""
+
+    guide: object = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def forward(self, sample: Tensor, timestep: Tensor, embeds: Tensor, scale: Tensor) -> Tensor:
+        self.calls.append((sample, timestep, embeds, scale))
+        return torch.zeros_like(sample) + self.weight
+
+
+@pytest.fixture
+def recorder() -> Any:
+    return Recorder()
 
 
 @pytest.fixture
@@ -66,6 +120,7 @@ def make_recipe() -> Callable[..., Recipe]:
         }
         for key, value in changes.items():
             (recipe if key in Recipe.__dataclass_fields__ else distill)[key] = value
+        distill = {key: value for key, value in distill.items() if value is not None}
         return Recipe("tiny", "model", **{"distill": Distill(**distill), **recipe})  # type: ignore[arg-type]
 
     return make

@@ -41,16 +41,6 @@ def test_loading_draws_no_progress_bar_and_restores_the_setting(
     assert transformers_logging.is_progress_bar_enabled() == active
 
 
-def test_folders_that_are_no_model_are_refused(own_home: Path) -> None:
-    with pytest.raises(ModelError, match=r"nowhere: no such folder; expected a model in diffusers' layout"):
-        base.read_scheduler_config(own_home / "nowhere")
-    with pytest.raises(ModelError, match=r"model_index\.json: No such file or directory; a model in diffusers' layout"):
-        base.read_scheduler_config(own_home)
-    (own_home / "model" / "model_index.json").write_text("{")
-    with pytest.raises(ModelError, match=r"model_index\.json: not valid JSON"):
-        base.read_scheduler_config(own_home / "model")
-
-
 def test_a_damaged_or_missing_component_is_named(own_home: Path) -> None:
     (own_home / "model" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(ModelError, match=r"model/unet: cannot be read as a UNet2DConditionModel"):

@@ -1,3 +1,5 @@
+"""Training of a whole recipe: what goes into which file, what is gone on from, and what is refused."""
+
 from __future__ import annotations
 
 import json
@@ -5,129 +7,54 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from glance_trt import distill
-from glance_trt.distill import base, experts, fitting, loras, pair
+from glance_trt.distill import base, data, experts, fitting, loras
+from glance_trt.distill.ground_truth import ground_truth_loss, knots_of
+from glance_trt.distill.student import Parts, Student
+from glance_trt.distill.trajectory import Trajectories
 from glance_trt.errors import ModelError, OutputError, RecipeError, TrainingError
-from glance_trt.recipe import Lora, Phase, Recipe
+from glance_trt.export import guide
+from glance_trt.recipe import Distill, Guidance, Lora, Phase, Recipe
 
 MakeRecipe = Callable[..., Recipe]
 ReadLog = Callable[[Path], list[dict[str, str]]]
 
-
-class Recorder(nn.Module):
-    """Stands for a UNet: keeps what it is given and predicts zero, so that the loss is the target's mean square."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def forward(self, sample: Tensor, timestep: Tensor, embeds: Tensor) -> SimpleNamespace:
-        self.calls.append((sample, timestep, embeds))
-        return SimpleNamespace(sample=torch.zeros_like(sample) + self.weight)
-
-
-def a_pair() -> pair.Pair:
-    generator = torch.Generator().manual_seed(1)
-    return pair.Pair(torch.randn(1, 4, 8, 8, generator=generator), torch.ones(1, 3, 16), torch.zeros(1, 3, 16))
-
-
-SCHEDULERS: dict[str, dict[str, Any]] = {
-    "DDIM, zero terminal SNR": {
-        "_class_name": "DDIMScheduler",
-        "timestep_spacing": "trailing",
-        "rescale_betas_zero_snr": True,
-        "clip_sample": False,
-    },
-    "DDIM of SD 1": {
-        "_class_name": "DDIMScheduler",
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "steps_offset": 1,
-        "clip_sample": False,
-    },
-    "Euler between timesteps": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "linspace"},
-    "Euler, zero terminal SNR": {
-        "_class_name": "EulerDiscreteScheduler",
-        "timestep_spacing": "trailing",
-        "rescale_betas_zero_snr": True,
-    },
+SLOW, FAST = Lora("slow.safetensors"), Lora("fast.safetensors")
+ON_TRAJECTORIES: dict[str, Any] = {
+    "method": "trajectory",
+    "phases": (Phase("slow", (1, 3), SLOW), Phase("fast", (5, 8), FAST)),
+    "guidance": Guidance(mode="none"),
+    "samples": 2,
+}
+EMBEDDED: dict[str, Any] = {
+    **ON_TRAJECTORIES,
+    "phases": (Phase("slow", (1, 3), SLOW, "slow.guide"), Phase("fast", (5, 8), FAST, "fast.guide")),
+    "guidance": Guidance(mode="embedded"),
+}
+TINY: dict[str, Any] = {
+    "method": "guidance",
+    "guide": "tiny",
+    "phases": (Phase("slow", (1, 3), guide="slow.guide"), Phase("fast", (5, 8), guide="fast.guide")),
+    "guidance": Guidance(mode="embedded"),
 }
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name.startswith("DDIM")])
-def test_loss_is_the_error_to_the_noise_or_velocity_of_diffusers(name: str, prediction_type: str) -> None:
-    config = {**SCHEDULERS[name], "prediction_type": prediction_type}
-    reference = diffusers.DDIMScheduler.from_config(config)
-    reference.set_timesteps(10)
-    knots = experts.knots_of(config, 10, (1, 3, 10))
-    unet, data = Recorder(), a_pair()
-    loss_of_step = experts.ground_truth_loss(unet, data, knots, prediction_type=prediction_type, batch_size=4)
-    generator = torch.Generator().manual_seed(7)
-    for _ in range(4):
-        replay = torch.Generator()
-        replay.set_state(generator.get_state())
-        loss, timesteps = loss_of_step(generator)
-        torch.randint(3, (4,), generator=replay), torch.rand(4, generator=replay)
-        noise = torch.randn(4, 4, 8, 8, generator=replay)
-        assert set(timesteps) <= set(reference.timesteps[[0, 2, 9]].tolist())
-        latents, times = data.latents.expand(4, -1, -1, -1), torch.tensor(timesteps).long()
-        torch.testing.assert_close(unet.calls[-1][0], reference.add_noise(latents, noise, times), rtol=1e-6, atol=1e-6)
-        target = noise if prediction_type == "epsilon" else reference.get_velocity(latents, noise, times)
-        torch.testing.assert_close(loss, target.square().mean(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name.startswith("Euler")])
-def test_noised_latents_are_the_model_input_of_diffusers_euler_scheduler(name: str) -> None:
-    reference = diffusers.EulerDiscreteScheduler.from_config(SCHEDULERS[name])
-    reference.set_timesteps(7)
-    unet, data = Recorder(), a_pair()
-    for step in range(1, 8):
-        knots = experts.knots_of(SCHEDULERS[name], 7, (step,))
-        loss_of_step = experts.ground_truth_loss(unet, data, knots, prediction_type="epsilon")
-        _, (timestep,) = loss_of_step(torch.Generator().manual_seed(step))
-        replay = torch.Generator().manual_seed(step)
-        torch.randint(1, (1,), generator=replay), torch.rand(1, generator=replay)
-        noise = torch.randn(1, 4, 8, 8, generator=replay)
-        expected = reference.timesteps[step - 1]
-        assert timestep == expected
-        reference._step_index = None
-        noised = reference.add_noise(data.latents, noise, expected[None])
-        scaled = reference.scale_model_input(noised, expected)
-        torch.testing.assert_close(unet.calls[-1][0], scaled, rtol=1e-5, atol=1e-5)
-
-
-def test_a_first_step_at_zero_terminal_snr_is_pure_noise() -> None:
-    knots = experts.knots_of(SCHEDULERS["DDIM, zero terminal SNR"], 10, (1,))
-    assert knots.timesteps.tolist() == [999]
-    assert knots.alphas_cumprod.tolist() == [0]
-
-
-@pytest.mark.parametrize(("dropout", "share"), [(0.0, 0.0), (0.25, 0.25), (1.0, 1.0)])
-def test_captions_are_dropped_at_the_given_rate_and_knots_drawn_uniformly(dropout: float, share: float) -> None:
-    knots = experts.knots_of(SCHEDULERS["DDIM of SD 1"], 50, (1, 3, 5, 7, 9))
-    unet = Recorder()
-    loss_of_step = experts.ground_truth_loss(
-        unet, a_pair(), knots, prediction_type="epsilon", batch_size=4000, caption_dropout=dropout
-    )
-    _, timesteps = loss_of_step(torch.Generator().manual_seed(0))
-    assert (unet.calls[0][2] == 0).all(dim=(1, 2)).float().mean().item() == pytest.approx(share, abs=0.03)
-    assert sorted(set(timesteps)) == [821, 861, 901, 941, 981]
-    assert all(timesteps.count(timestep) / 4000 == pytest.approx(0.2, abs=0.03) for timestep in set(timesteps))
+@pytest.fixture
+def _small_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model has no room for a guide of 1 %."""
+    monkeypatch.setattr(guide, "_TINY", 0.3)
 
 
 def test_each_expert_sees_only_its_own_timesteps(
@@ -148,17 +75,50 @@ def test_each_expert_sees_only_its_own_timesteps(
 
 def test_an_expert_beats_the_base_on_fresh_noise(home: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     phases = (Phase("one", (8, 9, 10), Lora("one.safetensors")),)
-    recipe = make_recipe(phases=phases, steps=40, learning_rate=0.02, rank=4, alpha=16.0, batch_size=4)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    image.save(home / "x.png")
+    recipe = make_recipe(phases=phases, image="x.png", steps=40, learning_rate=0.02, rank=4, alpha=16.0, batch_size=4)
     (file,) = distill.train(recipe, home, work=tmp_path)
     loaded = base.load_base(home / "model")
-    knots = experts.knots_of(base.read_scheduler_config(home / "model"), 10, (8, 9, 10))
-    data = pair.encode(loaded, Image.open(tmp_path / "pair.png"), "a red circle")
-    loss_of_step = experts.ground_truth_loss(loaded.unet, data, knots, prediction_type="v_prediction", batch_size=64)
+    config = json.loads((home / "model" / "scheduler" / "scheduler_config.json").read_text())
+    knots = knots_of(config, 10, (8, 9, 10))
+    embeds, empty = (data.encode_captions(loaded, captions) for captions in (("a red circle",), ("",)))
+    latents = data.encode_images(loaded, (image,))
+    student = Student(loaded.unet, Parts(None, None), Distill(prompt=""), 0)
+    loss_of_step = ground_truth_loss(
+        student,
+        data.Examples(latents, embeds, torch.tensor([0]), empty),
+        knots,
+        prediction_type="v_prediction",
+        settings=Distill(prompt="", batch_size=64),
+    )
     with torch.no_grad():
         before = loss_of_step(torch.Generator().manual_seed(99)).value.item()
         loaded.unet.load_lora_adapter(file, prefix="unet")
         after = loss_of_step(torch.Generator().manual_seed(99)).value.item()
     assert after < 0.95 * before
+
+
+@pytest.mark.parametrize("guidance", [Guidance(scale=3.0, rescale=0.7, negative_prompt="blue"), Guidance(mode="none")])
+def test_without_an_image_the_base_model_samples_it_as_diffusers_does(
+    guidance: Guidance, home: Path, make_recipe: MakeRecipe, pipeline: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    recipe = make_recipe(guidance=guidance, seed=5, steps=1, samples=2)
+    distill.train(recipe, home, work=tmp_path)
+    expected = pipeline(
+        "a red circle",
+        height=16,
+        width=16,
+        num_inference_steps=10,
+        num_images_per_prompt=2,
+        guidance_scale=guidance.scale if guidance.mode == "cfg" else 1,
+        guidance_rescale=guidance.rescale,
+        negative_prompt=guidance.negative_prompt,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        output_type="np",
+    ).images
+    found = np.array(Image.open(tmp_path / "samples.png"))
+    assert np.abs(found - np.concatenate(list(expected), axis=1) * 255).max() <= 0.6
 
 
 def test_saved_lora_gives_the_trained_output_in_a_fresh_diffusers_pipeline(
@@ -210,6 +170,7 @@ def test_saved_file_has_the_layout_of_diffusers_and_says_how_it_was_made(
     assert provenance == loras.read_provenance(file)
     assert provenance["prompt"] == "a red circle"
     assert provenance["timesteps"] == [999.0, 799.0]
+    assert provenance["method"] == "ground truth (arXiv 2512.02899)"
     assert str(tmp_path) not in json.dumps(metadata)
 
 
@@ -226,8 +187,10 @@ def test_a_run_is_byte_identical_when_repeated_and_leaves_the_model_untouched(
     assert {path: path.read_bytes() for path in (home / "model").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.usefixtures("_small_enough")
+@pytest.mark.parametrize("changes", [{}, EMBEDDED, TINY], ids=["ground truth", "trajectory, embedding", "tiny guide"])
 def test_base_weights_are_bit_identical_after_training(
-    home: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], home: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[UNet2DConditionModel] = []
     gone: list[weakref.ref[Any]] = []
@@ -245,17 +208,28 @@ def test_base_weights_are_bit_identical_after_training(
 
     monkeypatch.setattr(experts, "load_base", load)
     monkeypatch.setattr(fitting, "fit", fit_without_encoders)
-    distill.train(make_recipe(learning_rate=0.1), home, work=tmp_path / "work")
+    files = distill.train(make_recipe(learning_rate=0.1, **changes), home, work=tmp_path / "work")
     stored = load_file(home / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     after = loaded[0].state_dict()
     assert after.keys() == stored.keys()
     assert all(torch.equal(after[key], stored[key].float()) for key in stored)
+    for file in files:
+        if file.suffix == ".guide":
+            tensors = load_file(file)
+            assert all(tensor.abs().max() > 0 for tensor in tensors.values())  # nothing is left as it began
+            assert ("cond_proj.weight" in tensors) == (changes is EMBEDDED)
 
 
+@pytest.mark.usefixtures("_small_enough")
+@pytest.mark.parametrize(
+    "changes",
+    [{"caption_dropout": 0.3}, EMBEDDED, TINY, {**ON_TRAJECTORIES, "on_policy": False}],
+    ids=["ground truth", "trajectory, embedding", "tiny guide", "trajectory off policy"],
+)
 def test_an_interrupted_run_resumes_to_byte_identical_results(
-    home: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], home: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make_recipe(steps=5, caption_dropout=0.3)
+    recipe = make_recipe(steps=5, learning_rate=0.01, **changes)
     whole = distill.train(recipe, home, work=tmp_path / "a", out=tmp_path / "whole")
     monkeypatch.setattr(fitting, "CHECKPOINT_SECONDS", 0.0)
 
@@ -265,13 +239,19 @@ def test_an_interrupted_run_resumes_to_byte_identical_results(
 
     with pytest.raises(KeyboardInterrupt):
         distill.train(recipe, home, work=tmp_path / "b", out=tmp_path / "parts", progress=stop)
-    image = (tmp_path / "b" / "pair.png").stat().st_mtime_ns
+    (sampled,) = (tmp_path / "b").rglob("trajectories-*/*.safetensors")
+    written = sampled.stat().st_mtime_ns
     calls: list[tuple[str, float, float]] = []
     parts = distill.train(
         recipe, home, work=tmp_path / "b", out=tmp_path / "parts", progress=lambda *call: calls.append(call)
     )
-    assert calls == [("train fast", step, 5) for step in (0, 3, 4, 5)]
-    assert (tmp_path / "b" / "pair.png").stat().st_mtime_ns == image
+    count = changes.get("samples", 1)
+    assert calls == [("sample", 0, count), ("sample", count, count)] + [
+        ("train fast", step, 5) for step in (0, 3, 4, 5)
+    ]
+    assert sampled.stat().st_mtime_ns == written
+    assert len(parts) == (4 if changes is EMBEDDED else 2)
+    assert [file.name for file in parts] == [file.name for file in whole]
     assert [file.read_bytes() for file in parts] == [file.read_bytes() for file in whole]
     for phase in ("slow", "fast"):
         log = f"{phase}.loss.csv"
@@ -282,22 +262,165 @@ def test_progress_reports_every_step_of_every_stage(home: Path, make_recipe: Mak
     calls: list[tuple[str, float, float]] = []
     distill.train(make_recipe(), home, work=tmp_path / "work", progress=lambda *call: calls.append(call))
     assert calls == [
-        *(("sample", step, 10) for step in range(11)),
+        *(("sample", step, 1) for step in range(2)),
         *(("train slow", step, 3) for step in range(4)),
         *(("train fast", step, 3) for step in range(4)),
     ]
+
+
+class Watched:
+    """A training whose loss functions are watched: what each phase was given, and its trained student's files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entries: dict[str, Trajectories] = {}
+        make = experts.trajectory_loss
+
+        def observe(student: Any, given: Trajectories, jumps: Any, **options: Any) -> Any:
+            self.entries[jumps[0].phase] = given
+            return make(student, given, jumps, **options)
+
+        monkeypatch.setattr(experts, "trajectory_loss", observe)
+
+
+def jumped(latents: Tensor, velocity: Tensor, alpha: float, target: float) -> Tensor:
+    """DDIM from one noise level to another (arXiv 2010.02502, eq. 12), for a velocity (arXiv 2202.00512)."""
+    signal, spread = alpha**0.5, (1 - alpha) ** 0.5
+    image, noise = signal * latents - spread * velocity, spread * latents + signal * velocity
+    return target**0.5 * image + (1 - target) ** 0.5 * noise
+
+
+def test_the_fast_phase_starts_where_the_trained_slow_expert_leads(
+    home: Path,
+    make_recipe: MakeRecipe,
+    pipeline: StableDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watched = Watched(monkeypatch)
+    recipe = make_recipe(**ON_TRAJECTORIES, learning_rate=0.05, seed=3)
+    slow, _ = distill.train(recipe, home, work=tmp_path)
+    given = watched.entries["fast"]
+    pipeline.load_lora_weights(slow)
+    embeds, _ = pipeline.encode_prompt("a red circle", "cpu", 2, False)
+    alphas = [pipeline.scheduler.alphas_cumprod[timestep].item() for timestep in (999, 799, 599)]
+    latents = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    torch.testing.assert_close(watched.entries["slow"].entry, latents)
+    with torch.no_grad():
+        for timestep, alpha, target in zip((999, 799), alphas, alphas[1:], strict=False):
+            latents = jumped(latents, pipeline.unet(latents, timestep, embeds).sample, alpha, target)
+    torch.testing.assert_close(given.entry, latents, rtol=1e-3, atol=1e-4)
+    assert (given.entry - given.states[:, 0]).abs().max() > 1e-2  # and not where the teacher is
+
+
+def test_behind_a_guided_base_the_fast_phase_starts_where_two_evaluations_lead(
+    home: Path,
+    make_recipe: MakeRecipe,
+    pipeline: StableDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watched = Watched(monkeypatch)
+    phases = (Phase("slow", (1, 3)), Phase("fast", (5, 8), FAST, "fast.guide"))
+    guidance = Guidance(scale=3.0, negative_prompt="blue")
+    recipe = make_recipe(**{**ON_TRAJECTORIES, "phases": phases, "guidance": guidance}, scales=(2.0, 5.0))
+    distill.train(recipe, home, work=tmp_path)
+    given = watched.entries["fast"]
+    assert ((given.scales >= 2) & (given.scales <= 5)).all()
+    embeds, negative = pipeline.encode_prompt("a red circle", "cpu", 2, True, negative_prompt="blue")
+    alphas = [pipeline.scheduler.alphas_cumprod[timestep].item() for timestep in (999, 799, 599)]
+    latents = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    with torch.no_grad():
+        for timestep, alpha, target in zip((999, 799), alphas, alphas[1:], strict=False):
+            with_, without = (pipeline.unet(latents, timestep, told).sample for told in (embeds, negative))
+            guided = without + given.scales.view(-1, 1, 1, 1) * (with_ - without)
+            latents = jumped(latents, guided, alpha, target)
+    torch.testing.assert_close(given.entry, latents, rtol=1e-3, atol=1e-4)
+
+
+def test_a_schedule_that_skips_the_first_step_is_trained_from_noise(
+    home: Path, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    recipe = make_recipe(**{**ON_TRAJECTORIES, "phases": (Phase("fast", (2, 8), FAST),)})
+    distill.train(recipe, home, work=tmp_path)
+    given = watched.entries["fast"]
+    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    torch.testing.assert_close(given.entry, noise)
+    assert not torch.allclose(given.states[:, 0], noise)
+
+
+def test_a_missing_fast_expert_is_trained_again_behind_the_finished_slow_one(
+    home: Path, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe(**EMBEDDED, learning_rate=0.05)
+    files = distill.train(recipe, home, work=tmp_path / "a")
+    before = [file.read_bytes() for file in files]
+    for file in files[2:]:
+        file.unlink()
+    calls: list[str] = []
+    distill.train(recipe, home, work=tmp_path / "b", progress=lambda stage, *_: calls.append(stage))
+    assert [file.read_bytes() for file in files] == before
+    assert set(calls) == {"sample", "train fast"}
+
+
+@pytest.mark.usefixtures("_small_enough")
+def test_guides_of_both_kinds_are_read_back_for_this_model(home: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.load_config(home / "model" / "unet")
+    files = distill.train(make_recipe(**EMBEDDED), home, work=tmp_path / "a", out=tmp_path / "a")
+    names = ["slow.safetensors", "slow.guide.safetensors", "fast.safetensors", "fast.guide.safetensors"]
+    assert [file.name for file in files] == names
+    assert guide.read(files[1], unet).config.kind == "embedding"
+    provenance = loras.read_provenance(files[1])
+    assert provenance is not None
+    assert provenance == loras.read_provenance(files[0])
+    assert provenance["method"] == "trajectories of the guided teacher"
+    assert provenance["guidance"]["mode"] == "cfg"
+    files = distill.train(make_recipe(**TINY), home, work=tmp_path / "b", out=tmp_path / "b")
+    assert [file.name for file in files] == ["slow.guide.safetensors", "fast.guide.safetensors"]
+    assert guide.read(files[0], unet).config.kind == "tiny"
+
+
+def test_prompts_are_sampled_in_turns_and_each_image_keeps_its_caption(
+    home: Path,
+    make_recipe: MakeRecipe,
+    pipeline: StableDiffusionPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watched = Watched(monkeypatch)
+    (home / "prompts.txt").write_text("a red circle\na blue star\n")
+    recipe = make_recipe(**{**ON_TRAJECTORIES, "samples": 3, "prompt": None, "prompts": "prompts.txt"}, steps=1)
+    distill.train(recipe, home, work=tmp_path)
+    given = watched.entries["slow"]
+    for row, prompt in enumerate(("a red circle", "a blue star", "a red circle")):
+        embeds, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
+        torch.testing.assert_close(given.embeds[given.caption[row]][None], embeds)
+        expected = pipeline(
+            prompt,
+            height=16,
+            width=16,
+            num_inference_steps=10,
+            guidance_scale=1,
+            generator=torch.Generator().manual_seed(row),
+            output_type="latent",
+        ).images
+        torch.testing.assert_close(watched.entries["fast"].states[row : row + 1, -1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(home: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     work = tmp_path / "work"
     distill.train(make_recipe(), home, work=work)
     shutil.rmtree(home / "loras")
-    with pytest.raises(
-        TrainingError, match=r"slow\.pt: a checkpoint of another recipe: learning_rate was 0\.0005, and is 0\.001 now"
+    for changes, difference in (
+        ({"learning_rate": 0.001}, r"learning_rate was 0\.0005, and is 0\.001 now"),
+        ({"prompt": "a blue star"}, 'prompt was "a red circle", and is "a blue star" now'),
+        ({"method": "guidance", "guidance": Guidance(mode="none")}, 'method was "ground-truth", and is "guidance" now'),
+        ({"samples": 2}, "samples was 1, and is 2 now"),
+        ({"height": 32}, "height was 16, and is 32 now"),
+        ({"guidance": Guidance(scale=4.0)}, "guidance was .*3.0.*, and is .*4.0.* now"),
     ):
-        distill.train(make_recipe(learning_rate=0.001), home, work=work)
-    with pytest.raises(TrainingError, match=r"pair\.png: sampled with another model, prompt.*delete the file"):
-        distill.train(make_recipe(prompt="a blue star"), home, work=work)
+        with pytest.raises(TrainingError, match=rf"slow\.pt: a checkpoint of another recipe: {difference}"):
+            distill.train(make_recipe(**changes), home, work=work)
 
 
 def test_an_existing_lora_is_never_overwritten_unasked(home: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -318,15 +441,29 @@ def test_an_existing_lora_is_never_overwritten_unasked(home: Path, make_recipe: 
     ("changes", "message"),
     [
         ({"distill": None}, "^distill: missing; training needs at least a prompt"),
-        ({"phases": (Phase("all", (1, 2)),)}, "^phases: none names a lora file"),
+        ({"phases": (Phase("all", (1, 2)),)}, "^phases: none names a lora or a guide file, so there is nothing"),
         (
             {"phases": (Phase("a", (1,), Lora("x")), Phase("b", (2,), Lora("x")))},
-            r"^phases\[1\]\.lora\.file: x is another phase's too",
+            r"^phases\[1\]: x is a result of a too; give each its own file",
+        ),
+        (
+            {**TINY, "phases": (Phase("a", (1,), Lora("x"), "x"),)},
+            r"^phases\[0\]: x is a result of a too; give each its own file",
         ),
         ({"phases": (Phase("a", (11,), Lora("x")),)}, r"^phases\.a: step 11 is outside the teacher's 1\.\.10"),
         ({"width": 20}, "^width: 20 is not a multiple of 8"),
         ({"targets": ("to_q", "to_kk")}, r"^distill\.targets\[1\]: 'to_kk' names no linear.*did you mean 'to_k'\?"),
         ({"targets": ("attn1",)}, r"^distill\.targets\[0\]: 'attn1' names no linear"),
+        ({**EMBEDDED, "method": "ground-truth"}, r"^phases\[0\]\.guide: ground truth holds no guidance to learn; use"),
+        (
+            {**TINY, "guide": "embedding"},
+            r"^phases\[0\]: an embedding of the scale acts through a LoRA; name one, or another guide",
+        ),
+        (
+            {"method": "guidance"},
+            r"^guidance\.mode: cfg would guide twice what distill\.method guidance teaches the LoRA of phase slow; set",
+        ),
+        ({"prompt": None, "prompts": "x.txt"}, r"^distill\.prompts: .*x\.txt: no such file"),
     ],
 )
 def test_recipes_that_cannot_be_trained_are_refused(
@@ -336,12 +473,17 @@ def test_recipes_that_cannot_be_trained_are_refused(
         distill.train(make_recipe(**changes), home, work=tmp_path / "work")
 
 
+def test_a_model_with_no_room_for_a_tiny_guide_is_refused(home: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"a tiny guide has at most 1% of the UNet's 35572 parameters, and the small"):
+        distill.train(make_recipe(**TINY), home, work=tmp_path)
+
+
 def test_the_recipes_own_image_is_used(home: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     Image.new("RGB", (16, 16), "red").save(home / "red.png")
     red, _ = distill.train(make_recipe(image="red.png"), home, work=tmp_path / "red", out=tmp_path / "r")
-    assert not (tmp_path / "red" / "pair.png").exists()
+    assert not (tmp_path / "red" / "samples.png").exists()
     Image.new("RGB", (16, 16), "blue").save(home / "red.png")
-    with pytest.raises(TrainingError, match="a checkpoint of another recipe: image was "):
+    with pytest.raises(TrainingError, match="a checkpoint of another recipe: captions was "):
         distill.train(make_recipe(image="red.png"), home, work=tmp_path / "red", out=tmp_path / "b")
     blue, _ = distill.train(make_recipe(image="red.png"), home, work=tmp_path / "blue", out=tmp_path / "b")
     assert red.read_bytes() != blue.read_bytes()
@@ -352,5 +494,8 @@ def test_a_model_of_another_family_is_refused(own_home: Path, make_recipe: MakeR
         distill.train(make_recipe(scheduler="FlowMatchEulerDiscreteScheduler"), own_home, work=tmp_path)
     index = own_home / "model" / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
-    with pytest.raises(ModelError, match="a FluxPipeline; phase experts are trained for a StableDiffusionPipeline"):
+    with pytest.raises(ModelError, match="FluxPipeline is not supported; supported pipelines: StableDiffusionPipeline"):
+        distill.train(make_recipe(), own_home, work=tmp_path)
+    index.unlink()
+    with pytest.raises(ModelError, match=r"model: not a diffusers pipeline folder, it has no model_index\.json"):
         distill.train(make_recipe(), own_home, work=tmp_path)

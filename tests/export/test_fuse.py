@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from glance_trt.export import fuse, lora, weights
+from glance_trt.export import fuse, guide, lora, weights
 from glance_trt.export.weights import TensorRef, read_header
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -115,3 +116,28 @@ def test_no_base_is_written_where_every_phase_changes_everything(
 ) -> None:
     changed = {name: unet_weights[name] for name in loras["slow"].pairs}
     assert list(fuse.plan(changed, {"slow": loras["slow"]})) == ["denoiser.slow.safetensors"]
+
+
+def test_a_guide_stands_in_its_phases_own_file_and_leaves_the_base_alone(
+    tiny_model: Path,
+    unet_weights: Mapping[str, TensorRef],
+    loras: dict[str, lora.Lora],
+    write_guide: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    unet = UNet2DConditionModel.load_config(tiny_model / "unet")
+    guides = {
+        "fast": guide.read(write_guide(tmp_path / "fast.guide", "embedding"), unet),
+        "rest": guide.read(write_guide(tmp_path / "rest.guide", "tiny"), unet),
+    }
+    contents = fuse.plan(unet_weights, {**loras, "rest": None}, guides)
+    assert list(contents) == [f"denoiser.{part}.safetensors" for part in ("base", "slow", "fast", "rest")]
+    files = {file: weights.write(tmp_path / file, tensors) for file, tensors in contents.items()}
+    base = files["denoiser.base.safetensors"]
+    assert base.keys() == unet_weights.keys()  # the phase without a LoRA needs all of it
+    assert all(torch.equal(base[name].read(), unet_weights[name].read()) for name in unet_weights)
+    assert files["denoiser.slow.safetensors"].keys() == loras["slow"].pairs.keys()
+    for phase, lora_names in (("fast", loras["fast"].pairs.keys()), ("rest", set())):
+        found, stored = files[f"denoiser.{phase}.safetensors"], load_file(guides[phase].file)
+        assert found.keys() == lora_names | {f"guide.{name}" for name in stored}
+        assert all(torch.equal(found[f"guide.{name}"].read(), stored[name]) for name in stored)

@@ -190,8 +190,8 @@ def test_a_small_table_stays_in_the_graph_and_a_large_one_is_refused(tmp_path: P
     save_file({"scale": torch.full((4,), 2.0)}, weights_file)
     trace.bind(model, read_header(weights_file)[0], tmp_path / "x.onnx")
     assert np.array_equal(_run(tmp_path / "x.onnx", {"x": np.ones((3, 4), np.float32)}), np.full((3, 4), 56.0))
-    with pytest.raises(ModelError, match="affine: the traced graph holds a constant of 16000 bytes; those above 4096"):
-        trace.trace(_affine(1000), "float32")
+    with pytest.raises(ModelError, match="affine: the traced graph holds a constant of 80000 bytes; those above 65536"):
+        trace.trace(_affine(5000), "float32")
 
 
 def test_weights_that_do_not_belong_to_the_configuration_are_refused(

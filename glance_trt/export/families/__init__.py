@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from glance_trt.bundle import Image
 from glance_trt.errors import ModelError
+from glance_trt.export.guide import GuideFile
 from glance_trt.export.trace import Source
 from glance_trt.recipe import Recipe
 
@@ -19,8 +21,9 @@ class Family(Protocol):
     components: ClassVar[dict[str, str]]
     """The model's folder from which each graph takes its weights: ``denoiser``, ``text_encoder``, ``decoder``."""
 
-    def sources(self) -> dict[str, Source]:
-        """The graphs to trace, by the same names; the denoiser's is one whole sampling step."""
+    def sources(self, guides: Mapping[str, GuideFile] | None = None) -> dict[str, Source]:
+        """The graphs to trace, by the same names; the denoiser's is one whole sampling step. A phase that has a guide
+        has its own, ``denoiser.<phase>``."""
 
     def weight_name(self, name: str) -> str:
         """The name that a parameter of the traced module may have in older weights files."""
@@ -33,6 +36,11 @@ class Family(Protocol):
 
     def tokenizers(self) -> dict[str, tuple[str, int, int]]:
         """By the text encoder's input: tokenizer.json's text, the maximum length, the padding token."""
+
+
+def source_of(sources: Mapping[str, Source], graph: str) -> Source:
+    """Of what `Family.sources` returns, that of a bundle's graph, such as ``denoiser.slow``."""
+    return sources.get(graph) or sources[graph.partition(".")[0]]
 
 
 def open_model(model: Path, recipe: Recipe) -> Family:

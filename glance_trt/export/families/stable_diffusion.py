@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from glance_trt.bundle import Image, Port
 from glance_trt.errors import ModelError, RecipeError
+from glance_trt.export import guide
 from glance_trt.export.families import read_json
+from glance_trt.export.guide import Guide, GuideFile
 from glance_trt.export.trace import Source
 from glance_trt.recipe import Recipe
 
@@ -42,6 +46,23 @@ class Step(nn.Module):
         """The UNet in its own dtype, float32 outside."""
         dtype = next(self.unet.parameters()).dtype
         return self.unet(sample.to(dtype), timestep, prompt_embeds.to(dtype), return_dict=False)[0].float()
+
+
+class EmbeddedStep(Step):
+    """The same with a guide, which takes the guidance scale."""
+
+    def __init__(self, unet: nn.Module, config: guide.Config) -> None:
+        super().__init__(unet)
+        self.guide = Guide(config)
+
+    def forward(  # type: ignore[override]
+        self, latents: Tensor, timestep: Tensor, coefficients: Tensor, guidance_scale: Tensor, prompt_embeds: Tensor
+    ) -> Tensor:
+        """As `Step.forward`, with guidance_scale []; all float32."""
+        dtype = next(self.unet.parameters()).dtype
+        told = timestep, prompt_embeds, guidance_scale
+        with self.guide.acting(self.unet, *(value.to(dtype) for value in told)):
+            return super().forward(latents, timestep, coefficients, prompt_embeds)
 
 
 class GuidedStep(Step):
@@ -123,24 +144,34 @@ class StableDiffusion:
                 f"{model / 'unet'}: a UNet with class or added embeddings is not Stable Diffusion 1.x or 2.x"
             )
 
-    def sources(self) -> dict[str, Source]:
+    def sources(self, guides: Mapping[str, GuideFile] | None = None) -> dict[str, Source]:
         unet, text, vae = (self._configs[part] for part in ("unet", "text_encoder", "vae"))
-        cfg, length = self._recipe.guidance.mode == "cfg", text["max_position_embeddings"]
+        length = text["max_position_embeddings"]
         multiple = 2 ** (len(unet["block_out_channels"]) - 1)
         height, width = f"{multiple}*h", f"{multiple}*w"
         limits = {"batch": _MAX_BATCH, "h": 4096 // multiple, "w": 4096 // multiple}
         sizes = {"batch": 2, "h": 3, "w": 5}
         latents = ("batch", unet["in_channels"], height, width)
         embeds = ("batch", length, text["hidden_size"])
-        step_inputs = [
+        plain = (
             Port("latents", "float32", latents, "latents"),
             Port("timestep", "float32", (), "table.timestep"),
             Port("coefficients", "float32", (3,), "table.coefficients"),
             Port("prompt_embeds", "float32", embeds, "condition.prompt_embeds"),
-        ]
-        if cfg:
-            step_inputs.insert(3, Port("guidance_scale", "float32", (), "guidance_scale"))
-            step_inputs.append(Port("negative_prompt_embeds", "float32", embeds, "negative.prompt_embeds"))
+        )
+        embedded = (*plain[:3], Port("guidance_scale", "float32", (), "guidance_scale"), plain[3])
+        guided = (*embedded, Port("negative_prompt_embeds", "float32", embeds, "negative.prompt_embeds"))
+        outputs = (Port("latents_out", "float32", latents),)
+
+        def step(build: Callable[[], nn.Module], inputs: tuple[Port, ...]) -> Source:
+            return Source("denoiser", build, inputs, outputs, "unet.", sizes, limits)
+
+        cfg = self._recipe.guidance.mode == "cfg"
+        # Phases with guides of one shape share a trace.
+        by_config = {
+            str(item.config): step(functools.partial(self._embedded_step, item.config), embedded)
+            for item in (guides or {}).values()
+        }
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         pixels = ("batch", f"{factor * multiple}*h", f"{factor * multiple}*w", 3)
         return {
@@ -153,15 +184,8 @@ class StableDiffusion:
                 {"batch": 2},
                 {"batch": _MAX_BATCH},
             ),
-            "denoiser": Source(
-                "denoiser",
-                self._step,
-                tuple(step_inputs),
-                (Port("latents_out", "float32", latents),),
-                "unet.",
-                sizes,
-                limits,
-            ),
+            "denoiser": step(self._guided_step, guided) if cfg else step(lambda: Step(self._unet()), plain),
+            **{f"denoiser.{phase}": by_config[str(item.config)] for phase, item in (guides or {}).items()},
             "decoder": Source(
                 "decoder",
                 lambda: Decoder(AutoencoderKL.from_config(vae)),
@@ -173,9 +197,14 @@ class StableDiffusion:
             ),
         }
 
-    def _step(self) -> nn.Module:
-        unet, guidance = UNet2DConditionModel.from_config(self._configs["unet"]), self._recipe.guidance
-        return GuidedStep(unet, guidance.rescale) if guidance.mode == "cfg" else Step(unet)
+    def _unet(self) -> UNet2DConditionModel:
+        return UNet2DConditionModel.from_config(self._configs["unet"])
+
+    def _embedded_step(self, config: guide.Config) -> nn.Module:
+        return EmbeddedStep(self._unet(), config)
+
+    def _guided_step(self) -> nn.Module:
+        return GuidedStep(self._unet(), self._recipe.guidance.rescale)
 
     def weight_name(self, name: str) -> str:
         if match := _VAE_ATTENTION.fullmatch(name):

@@ -7,10 +7,12 @@ are shared by all sessions and processes over the same file.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +45,9 @@ def requirements() -> dict[str, str]:
 
 
 class OnnxRuntimeRunner:
-    """Runs the graphs of one target. Sessions are opened at their first use; `run` may be called from several threads.
+    """Runs the graphs of one target; `run` may be called from several threads.
+
+    Sessions are opened at their first use, and with that of a denoiser's phase those of the other phases.
 
     directory: where the engines and their weights lie. engines: graph name -> file name. threads: that compute one
     graph, by default as many as there are cores.
@@ -56,7 +60,7 @@ class OnnxRuntimeRunner:
         # Each session has its own arena. Shrinking it after every run keeps the peak of a whole image at that of its
         # largest graph, instead of the sum over all, for 1 to 3 % of a step's time.
         self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._sessions: dict[str, Any] = {}
+        self._sessions: dict[str, Future[Any]] = {}
         self._opening = threading.Lock()
         self._closed = False
 
@@ -88,8 +92,12 @@ class OnnxRuntimeRunner:
             if graph not in self._engines:
                 raise TargetError(f"{graph}: no such engine; this target has {', '.join(self._engines) or 'none'}")
             if graph not in self._sessions:
-                self._sessions[graph] = self._open(self._engines[graph])
-            return self._sessions[graph]
+                # An image needs all phases. Most of opening is packing linear weights, which ONNX Runtime 1.31 does once
+                # more before it takes the packed ones from the file, on one thread that does not hold the GIL.
+                names = [name for name in self._engines if name.partition(".")[0] == graph.partition(".")[0]]
+                with ThreadPoolExecutor(self._threads or os.cpu_count()) as pool:
+                    self._sessions |= {name: pool.submit(self._open, self._engines[name]) for name in names}
+            return self._sessions[graph].result()
 
     def _open(self, file: str) -> Any:
         ort, path = _onnxruntime(), self._directory / file

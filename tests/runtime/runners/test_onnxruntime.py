@@ -117,6 +117,42 @@ def test_engines_are_opened_at_their_first_use(directory: Path) -> None:
         runner.run("decoder", {})
 
 
+def test_phases_are_opened_side_by_side(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, open_ = threading.Barrier(2), OnnxRuntimeRunner._open
+
+    def meet(self: OnnxRuntimeRunner, file: str) -> Any:
+        both.wait(timeout=60)
+        return open_(self, file)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "_open", meet)
+    runner = OnnxRuntimeRunner(directory, {"denoiser.slow": FILE, "decoder": "absent.onnx", "denoiser.fast": FILE})
+    for phase in ("denoiser.slow", "denoiser.fast"):
+        assert list(runner.run(phase, inputs())) == ["denoised", "pooled"]
+
+
+def test_one_thread_opens_one_engine_at_a_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, open_ = threading.Lock(), OnnxRuntimeRunner._open
+
+    def enter(self: OnnxRuntimeRunner, file: str) -> Any:
+        assert alone.acquire(blocking=False)
+        try:
+            return open_(self, file)
+        finally:
+            alone.release()
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "_open", enter)
+    runner = OnnxRuntimeRunner(directory, {"denoiser.slow": FILE, "denoiser.fast": FILE}, threads=1)
+    for phase in ("denoiser.slow", "denoiser.fast"):
+        runner.run(phase, inputs())
+
+
+def test_a_phase_that_cannot_be_opened_fails_when_it_is_used(directory: Path) -> None:
+    runner = OnnxRuntimeRunner(directory, {"denoiser.slow": FILE, "denoiser.fast": "cpu.denoiser.fast.onnx"})
+    runner.run("denoiser.slow", inputs())
+    with pytest.raises(BundleError, match=r"^cpu\.denoiser\.fast\.onnx: missing in \S+; build it again with --engine$"):
+        runner.run("denoiser.fast", inputs())
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads with Linux's /proc/self/task")
 def test_threads_is_the_number_that_computes_a_graph(directory: Path) -> None:
     code = """

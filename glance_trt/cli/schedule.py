@@ -1,0 +1,133 @@
+"""``glance-trt schedule``"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from glance_trt.cli.bars import bars
+from glance_trt.errors import OutputError, RecipeError
+from glance_trt.recipe import Recipe
+
+if TYPE_CHECKING:
+    from glance_trt.distill.search import Knots
+
+
+@click.command("schedule")
+@click.argument("recipe")
+@click.option("--search", "searching", is_flag=True, help="Search the best knots.")
+@click.option("-k", "--knots", type=click.IntRange(1), default=10, show_default=True, help="How many to choose.")
+@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Trajectories to sample.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A caption per line. Default: the recipe's.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for trajectories. Default: as for distill.")
+@click.option("--device", help="PyTorch device. Default: cuda if there is one, else cpu.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw costs and knots into this PNG or SVG.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the recipe with the best knots.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+def command(
+    recipe: str,
+    searching: bool,
+    knots: int,
+    samples: int,
+    prompts: Path | None,
+    work: Path | None,
+    device: str | None,
+    plot: Path | None,
+    output: Path | None,
+    overwrite: bool,
+) -> None:
+    """Show a recipe's schedule, or search the best one for its model.
+
+    A search samples the teacher on a few prompts, and finds the knots between which straight jumps stay nearest to its
+    trajectories, and the best place to change from the slow to the fast phase. It prints them beside a uniform grid and
+    the paper's, and the best cost for every number of knots.
+
+    \b
+    Example: glance-trt schedule export/shapes.yaml --search -k 6 -o shapes6.yaml
+    """
+    from glance_trt import recipe as recipes
+
+    plan, folder = recipes.load(recipe)
+    for file in filter(None, (output, plot)):
+        if not searching:
+            raise click.UsageError("--output and --plot need --search")
+        if file.exists() and not overwrite:
+            raise OutputError(f"{file}: exists; give another, or --overwrite")
+    if not searching:
+        _show(plan, folder)
+        return
+    if output and len(plan.phases) > 2:
+        raise RecipeError(f"{recipe}: has {len(plan.phases)} phases; searched knots are for one or two")
+    from glance_trt.distill import data, search
+
+    if prompts:
+        captions = data.read_captions(prompts)
+    elif plan.distill:
+        captions = data.read(plan.distill, plan, folder).captions
+    else:
+        raise RecipeError(f"{recipe}: has no prompts under distill; give --prompts")
+    with bars() as progress:
+        found = search.search(
+            plan,
+            folder,
+            captions,
+            knots,
+            samples=samples,
+            work=work or folder / ".distill" / plan.name,
+            device=device,
+            progress=progress,
+        )
+    best = found.best[knots - 1]
+    click.echo(_line("best", best))
+    click.echo(_line("uniform", found.uniform))
+    if found.paper:
+        click.echo(_line("paper", found.paper))
+    click.echo("\nknots     cost")
+    for row in found.best[:-1]:
+        click.echo(f"{len(row.steps):5} {row.cost:8.4f}")
+    if plot:
+        search.plot(found, knots, plot)
+    if output:
+        output.write_text(written(plan, folder, best, output.parent), encoding="utf-8")
+
+
+def _show(plan: Recipe, folder: Path) -> None:
+    from glance_trt import build
+    from glance_trt.cli.inspect import table
+    from glance_trt.export.families import open_model
+
+    for line in table("default", build.table(open_model(folder / plan.model, plan).scheduler_config(), plan)):
+        click.echo(line)
+
+
+def _line(name: str, knots: Knots) -> str:
+    slow, fast = (" ".join(map(str, part)) for part in (knots.steps[: knots.slow], knots.steps[knots.slow :]))
+    return f"{name:8} cost {knots.cost:.4f}: {slow} | {fast}"
+
+
+def written(plan: Recipe, folder: Path, knots: Knots, beside: Path) -> str:
+    """The recipe with these knots, as YAML whose paths are relative to the folder `beside`."""
+    import yaml
+
+    from glance_trt import strict
+
+    parts = [knots.steps] if len(plan.phases) == 1 else [knots.steps[: knots.slow], knots.steps[knots.slow :]]
+    phases = tuple(replace(phase, steps=steps) for phase, steps in zip(plan.phases, parts, strict=True))
+
+    def moved(path: str) -> str:
+        return os.path.relpath(folder / path, beside)
+
+    content = strict.write(replace(plan, phases=phases, model=moved(plan.model)))
+    for phase in content["phases"]:
+        if "lora" in phase:
+            phase["lora"]["file"] = moved(phase["lora"]["file"])
+        if "guide" in phase:
+            phase["guide"] = moved(phase["guide"])
+    for key in ("prompts", "image", "images"):
+        if key in content.get("distill", {}):
+            content["distill"][key] = moved(content["distill"][key])
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

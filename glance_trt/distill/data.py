@@ -1,0 +1,138 @@
+"""What is trained on: captions, and images that are given with them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from glance_trt.distill.base import Base, device_of
+from glance_trt.errors import RecipeError
+from glance_trt.recipe import Distill, Recipe
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images as the denoiser sees them, each with its caption.
+
+    latents [N, C, h, w] float32, scaled by the VAE's scaling_factor. embeds [M, L, D] float32: of the different
+    captions, of which `caption` [N] int64 gives each image's. empty [1, L, D] float32: of the empty caption.
+    """
+
+    latents: Tensor
+    embeds: Tensor
+    caption: Tensor
+    empty: Tensor
+
+
+@dataclass(frozen=True)
+class Given:
+    """Captions, and the images that the recipe gives with them: one each, or none at all."""
+
+    captions: tuple[str, ...]
+    images: tuple[Image.Image, ...] = ()
+
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of all captions and pixels."""
+        found = hashlib.sha256("\0".join(self.captions).encode())
+        for image in self.images:
+            found.update(np.array(image).tobytes())
+        return found.hexdigest()
+
+
+def read(settings: Distill, recipe: Recipe, folder: Path) -> Given:
+    """The captions and images that the recipe names, relative to `folder`.
+
+    Raises `RecipeError` for a file that is missing, empty or not readable, and for an image of another size.
+    """
+    if settings.prompts is not None:
+        return Given(read_captions(folder / settings.prompts))
+    if settings.images is not None:
+        return _pairs(folder / settings.images, recipe)
+    assert settings.prompt is not None
+    images = () if settings.image is None else (read_image(folder / settings.image, recipe),)
+    return Given((settings.prompt,), images)
+
+
+def read_image(file: Path, recipe: Recipe, key: str = "distill.image") -> Image.Image:
+    """An image in RGB. Raises `RecipeError`, which starts with `key`, if it does not fit the recipe."""
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{key}: {file}: no such file; correct the path (it is relative to the recipe's folder), or leave it "
+            "out to let the base model sample the image"
+        ) from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow: SyntaxError for broken PNG chunks
+        raise RecipeError(f"{key}: {file}: not a readable image: {error}") from None
+    if image.size != (recipe.width, recipe.height):
+        raise RecipeError(
+            f"{key}: {file}: {image.width} x {image.height} pixels, and the recipe is for {recipe.width} x "
+            f"{recipe.height}; resize the image, or change width and height"
+        )
+    return image
+
+
+@torch.no_grad()
+def encode_images(base: Base, images: tuple[Image.Image, ...]) -> Tensor:
+    """Scaled latents [N, C, h, w] float32, the mode of the VAE's posterior, so that they are the same in every run."""
+    device = device_of(base.vae)
+    found = []
+    for image in images:
+        pixels = torch.from_numpy(np.array(image)).to(device, torch.float32).permute(2, 0, 1)[None]
+        found.append(base.vae.encode(pixels / 127.5 - 1).latent_dist.mode() * base.vae.config["scaling_factor"])
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def encode_captions(base: Base, captions: tuple[str, ...]) -> Tensor:
+    """What the text encoder makes of captions, [M, L, D] float32, as diffusers' pipeline has it encode them."""
+    tokens = base.tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=base.tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
+    encoder = base.text_encoder
+    return torch.cat([encoder(part.to(device_of(encoder))).last_hidden_state for part in tokens.split(64)])
+
+
+def read_captions(file: Path) -> tuple[str, ...]:
+    """The lines of a file, without the blank ones. Raises `RecipeError` if there are none, or it cannot be read."""
+    lines = tuple(line.strip() for line in _text(file, "distill.prompts").splitlines() if line.strip())
+    if not lines:
+        raise RecipeError(f"distill.prompts: {file}: empty; expected a caption per line")
+    return lines
+
+
+def _pairs(folder: Path, recipe: Recipe) -> Given:
+    if not folder.is_dir():
+        raise RecipeError(f"distill.images: {folder}: no such folder; it is relative to the recipe's")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise RecipeError(f"distill.images: {folder}: has no image ({', '.join(_SUFFIXES)})")
+    captions = []
+    for file in files:
+        beside = file.with_suffix(".txt")
+        captions.append(_text(beside, "distill.images").strip())
+        if not captions[-1]:
+            raise RecipeError(f"distill.images: {beside}: empty; expected the caption of {file.name}")
+    return Given(tuple(captions), tuple(read_image(file, recipe, "distill.images") for file in files))
+
+
+def _text(file: Path, key: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a byte order mark
+    except FileNotFoundError:
+        raise RecipeError(f"{key}: {file}: no such file; paths are relative to the recipe's folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{key}: {file}: not readable: {error}") from None

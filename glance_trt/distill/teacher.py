@@ -1,0 +1,149 @@
+"""The teacher: the base model with guidance, all steps of its own grid."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from glance_trt.distill import files
+from glance_trt.distill.base import Base, device_of
+from glance_trt.distill.data import encode_captions
+from glance_trt.errors import TrainingError
+from glance_trt.progress import Progress, silent
+from glance_trt.recipe import Guidance, Recipe
+from glance_trt.schedule import Step, compile_schedule
+
+BATCH = 16
+"""Trajectories that are sampled together."""
+
+
+class Teacher:
+    """Predicts with guidance, and samples whole trajectories.
+
+    negative [1, L, D] float32: what the text encoder makes of the negative prompt. precision: that the UNet computes
+    in.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        scheduler_config: Mapping[str, Any],
+        steps: int,
+        guidance: Guidance,
+        negative: Tensor,
+        precision: str = "float32",
+    ) -> None:
+        table = compile_schedule(scheduler_config, [("teacher", range(1, steps + 1))], teacher_steps=steps)
+        self.steps, self.initial_noise_scale = table.steps, table.initial_noise_scale
+        self.guidance = guidance
+        self._unet, self._negative, self._precision = unet, negative, precision
+
+    @torch.no_grad()
+    def predict(self, sample: Tensor, timestep: Tensor, embeds: Tensor, scale: Tensor) -> Tensor:
+        """The guided output for sample [B, C, h, w] as the UNet takes it, timestep [] or [B], embeds [B, L, D], and
+        scale [B]; float32. Adapters that the UNet has must be off."""
+        with torch.autocast(sample.device.type, torch.bfloat16, enabled=self._precision == "bfloat16"):
+            if self.guidance.mode == "none":
+                return self._unet(sample, timestep, embeds, return_dict=False)[0].float()
+            both = torch.cat([self._negative.expand_as(embeds), embeds])
+            times = timestep.expand(len(sample)).repeat(2)
+            output = self._unet(torch.cat([sample, sample]), times, both, return_dict=False)[0].float()
+        without, conditional = output.chunk(2)
+        guided = without + scale.view(-1, 1, 1, 1) * (conditional - without)
+        return rescale_noise_cfg(guided, conditional, self.guidance.rescale) if self.guidance.rescale else guided
+
+    def rollout(self, noise: Tensor, embeds: Tensor, scale: Tensor) -> Iterator[Tensor]:
+        """The latents [B, C, h, w] before each step, then the finished ones. `noise` has unit variance."""
+        latents = noise * self.initial_noise_scale
+        for step in self.steps:
+            yield latents
+            latents = advance(latents, step, self.predict(*inputs_of(latents, step), embeds, scale))
+        yield latents
+
+
+def open_teacher(base: Base, recipe: Recipe, scheduler_config: Mapping[str, Any]) -> Teacher:
+    """The recipe's teacher: with ``distill.guidance``, or else the recipe's own, in two evaluations where that is
+    embedded."""
+    settings = recipe.distill
+    mode: Literal["none", "cfg"] = "none" if recipe.guidance.mode == "none" else "cfg"
+    guidance = (settings and settings.guidance) or replace(recipe.guidance, mode=mode)
+    negative = encode_captions(base, (guidance.negative_prompt,))
+    precision = settings.precision if settings else "float32"
+    return Teacher(base.unet, scheduler_config, recipe.teacher_steps, guidance, negative, precision)
+
+
+def latent_shape(base: Base, recipe: Recipe) -> tuple[int, int, int]:
+    """[C, H, W] of one image's latents."""
+    factor = 2 ** (len(base.vae.config["block_out_channels"]) - 1)
+    return base.unet.config["in_channels"], recipe.height // factor, recipe.width // factor
+
+
+def inputs_of(latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """What the UNet is given at a step: the scaled latents, and the timestep []."""
+    return latents * step.c_in, torch.tensor(step.timestep, device=latents.device)
+
+
+def advance(latents: Tensor, step: Step, output: Tensor) -> Tensor:
+    """The scheduler's update."""
+    return step.a * latents + step.b * output
+
+
+def noise_of(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """[B, C, h, w] of unit variance, each image from its own seed, as diffusers draws it on the CPU."""
+    return torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def trajectories(
+    teacher: Teacher,
+    *,
+    embeds: Tensor,
+    scales: Tensor,
+    seed: int,
+    shape: tuple[int, ...],
+    keep: Sequence[int],
+    identity: Mapping[str, Any],
+    work: Path,
+    progress: Progress = silent,
+) -> Tensor:
+    """Sample one trajectory per row of embeds [N, L, D] and scales [N], from the noise of ``seed + row``.
+
+    Returns the states [N, len(keep), C, h, w] float32 before the steps whose 0-based indices `keep` lists, where the
+    number of steps means the end. They are kept in files of `BATCH` rows in `work`, from which a later call goes on if
+    its `identity` (what JSON can hold) is the same. Reports the stage ``sample``, in trajectories.
+
+    Raises `TrainingError` for a file that cannot be read, `OutputError` if `work` cannot be written.
+    """
+    record = json.dumps({**identity, "keep": list(keep), "seed": seed, "shape": list(shape)}, sort_keys=True)
+    folder = work / f"trajectories-{hashlib.sha256(record.encode()).hexdigest()[:12]}"
+    device, parts = device_of(teacher._unet), []
+    progress("sample", 0, len(embeds))
+    for start in range(0, len(embeds), BATCH):
+        rows = range(start, min(start + BATCH, len(embeds)))
+        file = folder / f"{start:06}-{len(rows)}.safetensors"
+        if not file.exists():
+            kept = {}
+            noise = noise_of([seed + row for row in rows], shape).to(device)
+            part = slice(start, start + len(rows))
+            for index, state in enumerate(teacher.rollout(noise, embeds[part], scales[part])):
+                if index in keep:
+                    kept[index] = state.cpu()
+            states = torch.stack([kept[index] for index in keep], dim=1)
+            files.write_bytes(file, save({"states": states}, {"record": record}))
+        try:
+            with safe_open(file, "pt") as opened:
+                parts.append(opened.get_tensor("states"))
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"{file}: not readable: {error}; delete it, and it is sampled again") from None
+        progress("sample", rows.stop, len(embeds))
+    return torch.cat(parts).to(device)

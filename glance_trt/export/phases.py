@@ -1,0 +1,28 @@
+"""What a recipe's phases add to the base model: the LoRA and guide files that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from glance_trt.export import guide, lora
+from glance_trt.export.families import Family, read_json
+from glance_trt.export.guide import GuideFile
+from glance_trt.export.lora import Lora
+from glance_trt.export.weights import TensorRef
+from glance_trt.recipe import Recipe
+
+
+def loras(recipe: Recipe, folder: Path, tensors: Mapping[str, TensorRef]) -> dict[str, Lora | None]:
+    """Each phase's LoRA for a denoiser of these tensors, or nothing. Raises `LoraError`."""
+    return {
+        phase.name: lora.read(folder / phase.lora.file, tensors, phase.lora.scale) if phase.lora else None
+        for phase in recipe.phases
+    }
+
+
+def guides(recipe: Recipe, folder: Path, family: Family) -> dict[str, GuideFile]:
+    """The guides of the phases that have one. Raises `LoraError`."""
+    component = folder / recipe.model / family.components["denoiser"]
+    config = read_json(component / "config.json", f"{component}: missing, with its config.json")
+    return {phase.name: guide.read(folder / phase.guide, config) for phase in recipe.phases if phase.guide}

@@ -1,0 +1,85 @@
+"""The comparison with diffusers: which image is made of what, and the LoRAs fused or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from numpy.typing import NDArray
+from peft.tuners.lora import LoraLayer
+
+from glance_trt import recipe
+from glance_trt.build import build
+from glance_trt.export.reference import DiffusersReference
+from glance_trt.verify import compare, psnr
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "model": "model",
+    "height": 16,
+    "width": 16,
+    "teacher_steps": 10,
+    "phases": [
+        {"name": "slow", "steps": [1, 3], "lora": {"file": "slow.safetensors"}},
+        {"name": "middle", "steps": [5]},
+        {"name": "fast", "steps": [6, 8, 10], "lora": {"file": "fast.safetensors", "scale": 2.0}},
+    ],
+    "guidance": {"scale": 3.0, "rescale": 0.7},
+    "engines": ["cpu"],
+}
+
+
+@pytest.fixture(scope="module")
+def home(tiny_model: Path, write_lora: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, the tiny model and two LoRAs."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "model").symlink_to(tiny_model)
+    write_lora(folder / "slow.safetensors", seed=1)
+    write_lora(folder / "fast.safetensors", seed=2, targets=("to_q", "conv1"))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    return folder
+
+
+def test_image_i_is_of_prompt_i_and_seed_i(
+    home: Path, traced: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glance_trt.export.trace.trace", traced)
+    bundle = build(str(home / "tiny.yaml"), tmp_path / "tiny.bundle").bundle
+    calls, generate = [], DiffusersReference.generate
+
+    def spy(self: DiffusersReference, prompt: str, seeds: Sequence[int]) -> NDArray[np.uint8]:
+        calls.append((prompt, *seeds))
+        return generate(self, prompt, seeds)
+
+    monkeypatch.setattr(DiffusersReference, "generate", spy)
+    found = compare(bundle, str(home / "tiny.yaml"), prompts=["a star", "a circle"], images=3)
+    assert calls == [("a star", 0), ("a circle", 1), ("a star", 2)]
+    assert len(found.psnr) == 3
+    assert min(found.psnr) >= 50, "glance-trt's are of the same prompts and seeds"
+    calls.clear()
+    assert len(compare(bundle, str(home / "tiny.yaml"), prompts=["a star", "a circle", "a heart"]).psnr) == 3
+    assert [prompt for prompt, _ in calls] == ["a star", "a circle", "a heart"]
+    assert len(compare(bundle, str(home / "tiny.yaml")).psnr) == 2
+
+
+def test_fused_reference_makes_the_images_of_the_one_that_switches(home: Path) -> None:
+    plan, folder = recipe.load(home / "tiny.yaml")
+    switching, fused = DiffusersReference(plan, folder), DiffusersReference(plan, folder, fused=True)
+    expected, images = (side.generate("a red circle", [7, 8]) for side in (switching, fused))
+    assert psnr(images, expected) >= 50
+    assert np.array_equal(fused.generate("a red circle", [7, 8]), images)
+
+    layers = [[m for m in unet.modules() if isinstance(m, LoraLayer)] for unet in fused._unets.values()]
+    assert layers == [[], [], []], "nothing is left to be added in each step"
+    weights = [unet.state_dict() for unet in fused._unets.values()]
+    changed = [sum(not np.array_equal(w[name], weights[1][name]) for name in w) for w in (weights[0], weights[2])]
+    assert all(changed)
+
+    phases = tuple(replace(phase, lora=None) if phase.name == "fast" else phase for phase in plan.phases)
+    without = DiffusersReference(replace(plan, phases=phases), folder, fused=True)
+    assert psnr(without.generate("a red circle", [7, 8]), images) < 40, "each LoRA shows in the images"
