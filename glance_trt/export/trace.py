@@ -22,8 +22,8 @@ from glance_trt.export.weights import TensorRef
 
 OPSET = 20
 INLINE_LIMIT = 65536
-"""Bytes; a larger constant in a graph is taken for a weight that lost its name. The causal mask of CLIP's 77 tokens takes
-5,929."""
+"""Bytes; a larger constant in a graph is taken for a weight that lost its name. The causal mask of CLIP's 77 tokens
+takes 5,929."""
 
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
 _STORED = {

@@ -59,9 +59,7 @@ class EmbeddedStep(Step):
         self, latents: Tensor, timestep: Tensor, coefficients: Tensor, guidance_scale: Tensor, prompt_embeds: Tensor
     ) -> Tensor:
         """As `Step.forward`, with guidance_scale []; all float32."""
-        dtype = next(self.unet.parameters()).dtype
-        told = timestep, prompt_embeds, guidance_scale
-        with self.guide.acting(self.unet, *(value.to(dtype) for value in told)):
+        with self.guide.acting(self.unet, timestep, prompt_embeds, guidance_scale):
             return super().forward(latents, timestep, coefficients, prompt_embeds)
 
 

@@ -7,12 +7,11 @@ are shared by all sessions and processes over the same file.
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,7 +59,7 @@ class OnnxRuntimeRunner:
         # Each session has its own arena. Shrinking it after every run keeps the peak of a whole image at that of its
         # largest graph, instead of the sum over all, for 1 to 3 % of a step's time.
         self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._sessions: dict[str, Future[Any]] = {}
+        self._sessions: dict[str, Any] = {}
         self._opening = threading.Lock()
         self._closed = False
 
@@ -92,12 +91,24 @@ class OnnxRuntimeRunner:
             if graph not in self._engines:
                 raise TargetError(f"{graph}: no such engine; this target has {', '.join(self._engines) or 'none'}")
             if graph not in self._sessions:
-                # An image needs all phases. Most of opening is packing linear weights, which ONNX Runtime 1.31 does once
-                # more before it takes the packed ones from the file, on one thread that does not hold the GIL.
-                names = [name for name in self._engines if name.partition(".")[0] == graph.partition(".")[0]]
-                with ThreadPoolExecutor(self._threads or os.cpu_count()) as pool:
-                    self._sessions |= {name: pool.submit(self._open, self._engines[name]) for name in names}
-            return self._sessions[graph].result()
+                self._open_phases(graph)
+            return self._sessions[graph]
+
+    def _open_phases(self, graph: str) -> None:
+        """Open `graph` and, side by side with it, the other phases of a denoiser: an image needs them all.
+
+        Most of opening is packing the linear weights, which ONNX Runtime 1.31 does once more before it takes the packed
+        ones from the file, in one thread per session and without holding the GIL.
+        """
+        kind = graph.partition(".")[0]
+        names = [name for name in self._engines if name.partition(".")[0] == kind and name not in self._sessions]
+        if len(names) == 1 or self._threads == 1:
+            self._sessions[graph] = self._open(self._engines[graph])
+            return
+        with ThreadPoolExecutor(self._threads) as pool:
+            opened = {name: pool.submit(self._open, self._engines[name]) for name in names}
+        self._sessions |= {name: future.result() for name, future in opened.items() if not future.exception()}
+        opened[graph].result()  # raises what is wrong with it; what is wrong with another is raised when that is used
 
     def _open(self, file: str) -> Any:
         ort, path = _onnxruntime(), self._directory / file
