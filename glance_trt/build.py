@@ -286,8 +286,11 @@ class _Build:
         self.engines[target.name] = EngineSet(target.backend, target.dtype, engines, requires)
 
     def _compare(self) -> Sequence[Any]:
-        """The engines that run here against PyTorch; without any, the portable graphs through ONNX Runtime."""
-        from glance_trt.export import parity
+        """The engines that run here against PyTorch; without any, the portable graphs through ONNX Runtime.
+
+        What is too large to be loaded is compared in small, and its fused weights by samples.
+        """
+        from glance_trt.export import large, parity
         from glance_trt.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
         here = next((target for target in self.targets if target.backend == "onnxruntime"), None)
@@ -299,12 +302,19 @@ class _Build:
         else:
             dtype = self.targets[0].dtype
             runner = parity.PortableRunner(self.staging.folder, {n: g.files[dtype] for n, g in self.graphs.items()})
-        files = self.graphs
+        oversized = large.oversized(self.tensors)
+        whole = [name for name in self.graphs if name.partition(".")[0] not in oversized]
         reference = parity.Reference(self.family, self.model, self.loras, self.guides)
         try:
-            return parity.check(runner, dict.fromkeys(files, dtype), reference, self.sources, self.progress)
+            results = parity.check(runner, dict.fromkeys(whole, dtype), reference, self.sources, self.progress)
         finally:
             runner.close()
+        if oversized:
+            family, guides = self.family.reduced(self.guides)
+            results += large.check_reduced(family, guides, oversized, dtype, progress=self.progress)
+        if "denoiser" in oversized:
+            results += large.check_fused(self.staging.folder, self.tensors["denoiser"], self.loras)
+        return results
 
     def _manifest(self) -> Manifest:
         loras = tuple(

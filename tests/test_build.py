@@ -24,6 +24,7 @@ from glance_trt.build import Report, build
 from glance_trt.bundle import Bundle
 from glance_trt.cli.inspect import describe
 from glance_trt.errors import InputError, LoraError, ModelError, OutputError, ParityError, RecipeError, TargetError
+from glance_trt.export import parity
 from glance_trt.runtime.pipeline import Pipeline
 from glance_trt.verify import psnr
 
@@ -247,6 +248,25 @@ def test_an_interrupted_build_goes_on_where_it_stopped(home: Home, first: Home) 
     assert _contents(home.output).keys() == _contents(first.output).keys()
     Bundle.open(home.output).verify()
     assert os.listdir(home.output.parent) == ["tiny.bundle"]
+
+
+def test_what_is_too_large_to_be_loaded_is_compared_in_small_and_by_samples(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glance_trt.export.large.oversized", lambda tensors: {"denoiser": "F16"})
+    loaded: list[str] = []
+    run = parity.Reference.run
+
+    def watched(self: Any, graph: str, inputs: Any) -> Any:
+        loaded.append(graph if self._model == home.folder / "model" else f"reduced {graph}")
+        return run(self, graph, inputs)
+
+    monkeypatch.setattr(parity.Reference, "run", watched)
+    found = home.build()
+    compared = [item.graph for item in found.parity]
+    samples = ["denoiser.slow.safetensors", "denoiser.fast.safetensors"]
+    assert compared == ["text_encoder", "decoder", "denoiser", *samples]
+    assert set(loaded) == {"text_encoder", "decoder", "reduced denoiser"}
 
 
 def test_a_failed_comparison_writes_no_bundle(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

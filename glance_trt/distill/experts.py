@@ -131,6 +131,8 @@ def _checked(recipe: Recipe) -> Distill:
     for i, phase in enumerate(recipe.phases):
         if phase.guide is not None and settings.method == "ground-truth":
             raise RecipeError(f"phases[{i}].guide: ground truth holds no guidance to learn; use another distill.method")
+        if phase.guide is not None and settings.guidance and settings.guidance.mode == "none":
+            raise RecipeError(f"phases[{i}].guide: distill.guidance.mode none holds no guidance to learn; use cfg")
         if phase.guide is not None and settings.guide == "embedding" and phase.lora is None:
             raise RecipeError(f"phases[{i}]: an embedding of the scale acts through a LoRA; name one, or another guide")
         if phase.lora and not phase.guide and recipe.guidance.mode == "cfg" and settings.method != "ground-truth":

@@ -456,6 +456,10 @@ def test_an_existing_lora_is_never_overwritten_unasked(home: Path, make_recipe: 
         ({"targets": ("attn1",)}, r"^distill\.targets\[0\]: 'attn1' names no linear"),
         ({**EMBEDDED, "method": "ground-truth"}, r"^phases\[0\]\.guide: ground truth holds no guidance to learn; use"),
         (
+            {**TINY, "distill": Distill("guidance", "a star", guide="tiny", guidance=Guidance("none"))},
+            r"^phases\[0\]\.guide: distill\.guidance\.mode none holds no guidance to learn; use cfg",
+        ),
+        (
             {**TINY, "guide": "embedding"},
             r"^phases\[0\]: an embedding of the scale acts through a LoRA; name one, or another guide",
         ),

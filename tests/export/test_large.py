@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,45 +50,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 KINDS = {"text_encoder": "F32", "denoiser": "F16", "decoder": "BF16"}
 
 
-class Family(StableDiffusion):
-    def reduced(self, guides: Mapping[str, GuideFile]) -> tuple[Family, dict[str, GuideFile]]:
-        """The same blocks with few channels, layers and heads; the guides fit them, and have no weights."""
-        text, unet, vae = (self._configs[part] for part in ("text_encoder", "unet", "vae"))
-        narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
-        blocks = {"layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 64}
-        small = copy.copy(self)
-        small._configs = {
-            "text_encoder": text | narrow,
-            "unet": unet | blocks | {"block_out_channels": _few_channels(unet)},
-            "vae": vae | {"layers_per_block": 1, "block_out_channels": _few_channels(vae)},
-        }
-        return small, {phase: _fitted(item, small._configs["unet"]) for phase, item in guides.items()}
-
-
-def _fitted(item: GuideFile, unet: Mapping[str, Any]) -> GuideFile:
-    channels = guide.blocks(item.config.kind, unet)
-    config = guide.Config(item.config.kind, channels, dict.fromkeys(channels, 8), unet["cross_attention_dim"])
-    return GuideFile(item.file, config, {})
-
-
-def _few_channels(config: Mapping[str, Any]) -> list[int]:
-    """As few as the group norms allow, and equal where the model's are."""
-    channels = config["block_out_channels"]
-    sizes = sorted(set(channels))
-    return [(1 + sizes.index(size)) * config.get("norm_num_groups", 32) for size in channels]
-
-
 @pytest.fixture
-def full_size(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> Family:
+def full_size(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> StableDiffusion:
     """A Stable Diffusion 1.5 that has no weights at all."""
     for part, config in CONFIGS.items():
         (tmp_path / "large" / part).mkdir(parents=True)
         (tmp_path / "large" / part / "config.json").write_text(json.dumps(config))
-    return Family(tmp_path / "large", make_recipe())
+    return StableDiffusion(tmp_path / "large", make_recipe())
 
 
 @pytest.fixture
-def reduced(full_size: Family) -> Family:
+def reduced(full_size: StableDiffusion) -> StableDiffusion:
     return full_size.reduced({})[0]
 
 
@@ -101,7 +72,7 @@ def _trace_once(traced: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 # --- the reduced model ----------------------------------------------------------------------------------------------
 
 
-def test_a_reduced_model_has_the_blocks_of_the_large_one(reduced: Family) -> None:
+def test_a_reduced_model_has_the_blocks_of_the_large_one(reduced: StableDiffusion) -> None:
     step = reduced.sources()["denoiser"].build()
     small = {type(module).__name__ for module in step.unet.modules()}
     with torch.device("meta"):
@@ -120,7 +91,7 @@ def _engines(folder: Path, files: Mapping[str, str]) -> Runner:
 
 
 @pytest.mark.parametrize("open_graphs", [parity.PortableRunner, _engines], ids=["portable", "engines"])
-def test_graphs_of_a_reduced_model_are_compared_whole(open_graphs: Any, full_size: Family) -> None:
+def test_graphs_of_a_reduced_model_are_compared_whole(open_graphs: Any, full_size: StableDiffusion) -> None:
     config = guide.configure("tiny", CONFIGS["unet"], 860_000_000)
     family, guides = full_size.reduced(dict.fromkeys(["middle", "fast"], GuideFile(Path("guide"), config, {})))
     found = large.check_reduced(family, guides, KINDS, "float32", open_graphs=open_graphs)
@@ -128,7 +99,7 @@ def test_graphs_of_a_reduced_model_are_compared_whole(open_graphs: Any, full_siz
     assert all(item.error <= item.tolerance for item in found)
 
 
-def test_a_reduced_decoders_images_have_contrast_for_a_difference_to_show_in(reduced: Family) -> None:
+def test_a_reduced_decoders_images_have_contrast_for_a_difference_to_show_in(reduced: StableDiffusion) -> None:
     source = reduced.sources()["decoder"]
     decoder = source.build().eval()
     decoder.load_state_dict({f"vae.{name}": value for name, value in large._random_weights(source, "F32").items()})
@@ -138,7 +109,7 @@ def test_a_reduced_decoders_images_have_contrast_for_a_difference_to_show_in(red
     assert ((image == 0) | (image == 255)).float().mean() < 0.2
 
 
-def test_a_graph_that_differs_is_refused(reduced: Family) -> None:
+def test_a_graph_that_differs_is_refused(reduced: StableDiffusion) -> None:
     class Altered(parity.PortableRunner):
         def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
             return {name: 1.001 * value for name, value in super().run(graph, inputs).items()}

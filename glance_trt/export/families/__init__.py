@@ -25,6 +25,10 @@ class Family(Protocol):
         """The graphs to trace, by the same names; the denoiser's is one whole sampling step. A phase that has a guide
         has its own, ``denoiser.<phase>``."""
 
+    def reduced(self, guides: Mapping[str, GuideFile]) -> tuple[Family, dict[str, GuideFile]]:
+        """A small model of the same blocks, without weights: the same kinds of graphs with few channels, layers and
+        heads. The guides fit it, and have no tensors."""
+
     def weight_name(self, name: str) -> str:
         """The name that a parameter of the traced module may have in older weights files."""
 

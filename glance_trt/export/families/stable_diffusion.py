@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -204,6 +205,19 @@ class StableDiffusion:
     def _guided_step(self) -> nn.Module:
         return GuidedStep(self._unet(), self._recipe.guidance.rescale)
 
+    def reduced(self, guides: Mapping[str, GuideFile]) -> tuple[StableDiffusion, dict[str, GuideFile]]:
+        """See `Family.reduced`."""
+        text, unet, vae = (self._configs[part] for part in ("text_encoder", "unet", "vae"))
+        narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+        blocks = {"layers_per_block": 1, "attention_head_dim": 2, "cross_attention_dim": 64}
+        small = copy.copy(self)
+        small._configs = {
+            "text_encoder": text | narrow,
+            "unet": unet | blocks | {"block_out_channels": _few_channels(unet)},
+            "vae": vae | {"layers_per_block": 1, "block_out_channels": _few_channels(vae)},
+        }
+        return small, {phase: _fitted(item, small._configs["unet"]) for phase, item in guides.items()}
+
     def weight_name(self, name: str) -> str:
         if match := _VAE_ATTENTION.fullmatch(name):
             return f"{match[1]}{_OLD_VAE_NAMES[match[2]]}{match[3]}"
@@ -236,3 +250,16 @@ class StableDiffusion:
             raise ModelError(f"{self._model / 'tokenizer'}: not a readable CLIP tokenizer: {error}") from None
         length = self._configs["text_encoder"]["max_position_embeddings"]
         return {"tokenizer": (tokenizer.backend_tokenizer.to_str(), length, tokenizer.pad_token_id)}
+
+
+def _few_channels(config: Mapping[str, Any]) -> list[int]:
+    """As few as the group norms allow, and equal where the model's are."""
+    channels = config["block_out_channels"]
+    sizes = sorted(set(channels))
+    return [(1 + sizes.index(size)) * config.get("norm_num_groups", 32) for size in channels]
+
+
+def _fitted(item: GuideFile, unet: Mapping[str, Any]) -> GuideFile:
+    channels = guide.blocks(item.config.kind, unet)
+    config = guide.Config(item.config.kind, channels, dict.fromkeys(channels, 8), unet["cross_attention_dim"])
+    return GuideFile(item.file, config, {})
