@@ -70,9 +70,9 @@ def phase(name: str, steps: list[int], *, lora: bool = False, guide: bool = Fals
     return found
 
 
-def arm(phases: list[Arm], guidance: Arm = CFG, **settings: Any) -> Arm:
+def arm(phases: list[Arm], guided: Arm = CFG, **settings: Any) -> Arm:
     """A recipe for the demonstration model; `settings` are those of its distillation."""
-    made: Arm = {"height": 64, "width": 64, "phases": phases, "guidance": guidance, "engines": ["cpu"]}
+    made: Arm = {"height": 64, "width": 64, "phases": phases, "guidance": guided, "engines": ["cpu"]}
     return made | ({"distill": settings} if settings else {})
 
 
@@ -107,8 +107,8 @@ def groups() -> dict[str, dict[str, Arm]]:
             "glance-s5f5": arm(two(SLOW, FAST), **one),
             "glance-s3f5": arm(two([1, 5, 9], FAST), **one),
             "glance-s5f10": arm(two(SLOW, [11, 15, 20, 24, 28, 33, 37, 41, 46, 50]), **one),
-            "glance-slow+base": arm([phase("slow", SLOW, lora=True), phase("fast", FAST)], **one),
-            "glance-base+fast": arm([phase("slow", SLOW), phase("fast", FAST, lora=True)], **one),
+            "glance-slow-base": arm([phase("slow", SLOW, lora=True), phase("fast", FAST)], **one),
+            "glance-base-fast": arm([phase("slow", SLOW), phase("fast", FAST, lora=True)], **one),
             "glance-one-lora": arm([phase("whole", SLOW + FAST, lora=True)], **one, steps=120),
             "glance-one-lora-uniform": arm([phase("whole", UNIFORM[10], lora=True)], **one, steps=120),
             "glance-10-samples": arm(two(SLOW, FAST), prompts="captions10.txt"),
