@@ -318,10 +318,9 @@ def train_unet(model: Path, work: Path, steps: int, style: Style) -> None:
     empty = _tokens(tokenizer, [""])
     scheduler = _scheduler()
     torch.manual_seed(4)
-    if (model / "unet").exists():
-        unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
-    else:
-        unet = _new_unet()
+    unet = _new_unet()
+    if (model / "unet").exists():  # the weights only: the loaded model's config would say where it was loaded from
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(model / "unet").state_dict())
     # Frozen: trained along with the denoiser, it forgot which object stands where within a few thousand steps.
     text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32).requires_grad_(False)
 

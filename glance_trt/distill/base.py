@@ -28,6 +28,13 @@ class Base:
     unet: UNet2DConditionModel
     vae: AutoencoderKL
 
+    def to(self, device: str | None) -> torch.device:
+        """Move the components to PyTorch's `device`, or to CUDA where none is named and there is one; returns it."""
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for module in (self.text_encoder, self.unet, self.vae):
+            module.to(place)
+        return place
+
     def digest(self) -> str:
         """Hexadecimal SHA-256 of all weights: the same for the same model, however its files are named or split."""
         found = hashlib.sha256()

@@ -183,9 +183,7 @@ def _prepare(
 ) -> _Material:
     """The text encoder and the VAE go with `base`, which nobody holds after this."""
     digest = base.digest()
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for module in (base.text_encoder, base.unet, base.vae):
-        module.to(place)
+    place = base.to(device)
     model = teacher.open_teacher(base, recipe, config)
     embeds, empty = (data.encode_captions(base, captions) for captions in (given.captions, ("",)))
     count = len(given.images) or settings.samples or len(given.captions)

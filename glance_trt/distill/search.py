@@ -72,9 +72,7 @@ def search(
     config = open_model(folder / recipe.model, recipe).scheduler_config()
     table = jump_coefficients(config, recipe.teacher_steps)
     base = load_base(folder / recipe.model)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for module in (base.text_encoder, base.unet, base.vae):
-        module.to(place)
+    place = base.to(device)
     model = teacher.open_teacher(base, recipe, config)
     captions = [prompts[i % len(prompts)] for i in range(samples)]
     states = teacher.trajectories(
@@ -156,11 +154,11 @@ def boundary(states: Floats, table: Floats, indices: Sequence[int]) -> int:
         return len(indices)
     at, ends = np.array(indices), np.array([*indices[1:], len(table)])
     changes = _outputs(states, table, at, ends) - _outputs(states, table, at, at + 1)  # [P, K, D]
-    spread = [
-        sum(float(((part - part.mean(axis=1, keepdims=True)) ** 2).sum()) for part in (changes[:, :k], changes[:, k:]))
-        for k in range(1, len(indices))
-    ]
-    return 1 + int(np.argmin(spread))
+    # Variance within two groups is least where the squares of their sums, over their sizes, are largest.
+    before, sizes = changes.cumsum(axis=1)[:, :-1], np.arange(1, len(indices))
+    after = changes.sum(axis=1, keepdims=True) - before
+    explained = (before**2).sum(axis=(0, 2)) / sizes + (after**2).sum(axis=(0, 2)) / (len(indices) - sizes)
+    return 1 + int(np.argmax(explained))
 
 
 def _outputs(states: Floats, table: Floats, start: NDArray[Any], end: NDArray[Any]) -> Floats:
