@@ -15,9 +15,11 @@ import argparse
 import copy
 import hashlib
 import json
-import os
+import multiprocessing
+import resource
 import shutil
-import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,16 @@ import numpy as np
 import yaml
 from data import all_scenes, held_out_scenes, render, sample_scene
 from evaluate import images_of, marks_of, summary
-from numpy.typing import NDArray
 from PIL import Image
 
+from glance_trt import recipe as recipes
 from glance_trt.build import build
-from glance_trt.duel import run_process
+from glance_trt.cli.bars import bars
+from glance_trt.distill.experts import train
 
 HERE = Path(__file__).parent
 SLOW, FAST = [1, 3, 5, 7, 9], [11, 21, 31, 41, 50]
-UNIFORM = {k: [round(50 * i / k) + 1 for i in range(k)] for k in (4, 6, 10)}
+UNIFORM = {k: [round(50 * i / k) + 1 for i in range(k)] for k in (4, 6, 10, 20)}
 ONE_PROMPT = "a large red circle left of a small blue star on a white background"
 CFG = {"mode": "cfg", "scale": 2.5}
 
@@ -57,7 +60,7 @@ TRAJECTORY = {
     "batch_size": 16,
     "precision": "bfloat16",
 }  # fmt: skip
-GUIDANCE = {**TRAJECTORY, "method": "guidance", "samples": 500, "steps": 2000, "rank": 16, "alpha": 16.0}
+GUIDANCE = {**TRAJECTORY, "method": "guidance", "steps": 1500, "rank": 16, "alpha": 16.0}
 
 
 def phase(name: str, steps: list[int], *, lora: bool = False, guide: bool = False, scale: float | None = None) -> Arm:
@@ -101,7 +104,8 @@ def groups() -> dict[str, dict[str, Arm]]:
             "base-10-unguided": arm([phase("whole", UNIFORM[10])], none),
             "base-6-unguided": arm([phase("whole", UNIFORM[6])], none),
             "base-4-unguided": arm([phase("whole", UNIFORM[4])], none),
-            "base-50-unguided": arm([phase("whole", every)], none),
+            "base-20-uniform": arm([phase("whole", UNIFORM[20])]),
+            "base-20-unguided": arm([phase("whole", UNIFORM[20])], none),
         },
         "glance": {
             "glance-s5f5": arm(two(SLOW, FAST), **one),
@@ -117,11 +121,11 @@ def groups() -> dict[str, dict[str, Arm]]:
             "glance-scale-1": arm(two(SLOW, FAST, scale=1.0), **one),
         },
         "guidance": {
-            "guidance-lora": arm([phase("whole", every, lora=True)], none, **GUIDANCE),
-            "guidance-lora-scale": arm([phase("whole", every, lora=True, guide=True)], embedded, **GUIDANCE),
+            "guidance-lora": arm([phase("whole", UNIFORM[20], lora=True)], none, **GUIDANCE),
+            "guidance-lora-scale": arm([phase("whole", UNIFORM[20], lora=True, guide=True)], embedded, **GUIDANCE),
         },
         "guide": {
-            f"guide-{size}": arm([phase("whole", every, guide=True)], embedded, **GUIDANCE, guide=size)
+            f"guide-{size}": arm([phase("whole", UNIFORM[20], guide=True)], embedded, **GUIDANCE, guide=size)
             for size in ("tiny", "full")
         },
         "trajectory": {
@@ -176,10 +180,10 @@ def run(name: str, content: Arm, model: Path, work: Path, captions: int, seeds: 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
-    seconds, memory = 0.0, 0.0
-    if content["distill"]:
-        command = [sys.executable, "-c", "from glance_trt.cli.main import main; main()", "distill", str(file)]
-        seconds, memory = run_process([*command, "--work", str(folder / "work")], len(os.sched_getaffinity(0)))
+    training = {"seconds": {}, "peak_memory_mb": 0.0}
+    if content["distill"]:  # in a process of its own, for its peak memory
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            training = pool.submit(distil, file, work / "samples").result()
     build(str(file), folder / "bundle", engines=["cpu"], overwrite=True)
     scenes = held_out_scenes(captions)
     images = images_of(folder / "bundle", scenes, seeds, name)
@@ -189,17 +193,40 @@ def run(name: str, content: Arm, model: Path, work: Path, captions: int, seeds: 
     np.save(folder / "images.npy", images)
     return {
         "accuracy": figures,
-        "distance": distance(images, work / "teacher-50" / "images.npy"),
         "evaluations": evaluations(content),
-        "training": {"seconds": round(seconds), "peak_memory_mb": round(memory)},
+        "training": training,
     }
 
 
-def distance(images: NDArray[np.uint8], teachers: Path) -> float | None:
+def distil(recipe: Path, samples: Path) -> dict[str, Any]:
+    """Train what a recipe names: the seconds of each stage, and this process's peak memory, MB."""
+    reports: dict[str, list[tuple[float, float, float]]] = {}
+    plan, folder = recipes.load(recipe)
+    with bars() as shown:
+
+        def progress(stage: str, done: float, total: float) -> None:
+            shown(stage, done, total)
+            reports.setdefault(stage, []).append((time.perf_counter(), done, total))
+
+        train(plan, folder, work=folder / "work", samples=samples, progress=progress)
+    return {
+        "seconds": {stage: duration(found) for stage, found in reports.items()},
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+    }
+
+
+def duration(reports: list[tuple[float, float, float]]) -> float:
+    """Seconds of a whole stage from its reports (time, done, total), also where an interrupted one went on: the first
+    report is of nothing done, the second of the first step or of all those that were there."""
+    (start, first, _), (end, last, total) = reports[1], reports[-1]
+    return (end - start) * total / (last - first) if last > first else 0.0
+
+
+def distance(images: Path, teachers: Path) -> float | None:
     """The root of the mean square difference to the teacher's own images for the same noise, pixel values of 0..255."""
-    if not teachers.exists():
+    if not (images.exists() and teachers.exists()):
         return None
-    difference = images.astype(np.float64) - np.load(teachers)[:, : images.shape[1]]
+    difference = np.load(images).astype(np.float32) - np.load(teachers)
     return float(np.sqrt((difference**2).mean(axis=(2, 3, 4))).mean())
 
 
@@ -208,10 +235,11 @@ def table(results: dict[str, Any]) -> str:
     lines = ["| arm | evaluations | all | relation | distance | training |", "|---|---|---|---|---|---|"]
     for name, found in results.items():
         (mean, half), (relation, _) = found["accuracy"]["all"], found["accuracy"]["relation"]
-        away = "" if found["distance"] is None else f"{found['distance']:.1f}"
+        away = f"{found['distance']:.1f}" if found.get("distance") is not None else ""
+        training = sum(time for stage, time in found["training"]["seconds"].items() if stage != "sample")
         lines.append(
             f"| {name} | {found['evaluations']} | {100 * mean:.1f} ± {100 * half:.1f} | {100 * relation:.1f} | {away} "
-            f"| {found['training']['seconds'] / 60:.0f} min |"
+            f"| {training / 60:.0f} min |"
         )
     return "\n".join(lines)
 
@@ -246,6 +274,10 @@ def main() -> None:
             continue
         found = run(name, known[name], arguments.model, arguments.work, arguments.captions, arguments.seeds)
         results[name] = found | {"made_from": made_from}
+        for other in results:
+            pair = (arguments.work / arm / "images.npy" for arm in (other, "teacher-50"))
+            if results[other].get("distance") is None:
+                results[other]["distance"] = distance(*pair)
         ordered = {name: results[name] for name in known if name in results}
         arguments.output.write_text(json.dumps(ordered, indent=1) + "\n")
         print(table({name: found}).splitlines()[-1], flush=True)

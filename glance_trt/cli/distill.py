@@ -23,9 +23,16 @@ from glance_trt.cli.bars import bars
     type=click.Path(path_type=Path),
     help="Folder for checkpoints and loss logs. Default: .distill beside the recipe.",
 )
+@click.option(
+    "--samples",
+    type=click.Path(path_type=Path),
+    help="Folder for what the teacher samples, which recipes can share. Default: samples in the work folder.",
+)
 @click.option("--device", help="PyTorch device. Default: cuda if there is one, else cpu.")
 @click.option("--overwrite", is_flag=True, help="Train again where a result exists.")
-def command(recipe: str, output: Path | None, work: Path | None, device: str | None, overwrite: bool) -> None:
+def command(
+    recipe: str, output: Path | None, work: Path | None, samples: Path | None, device: str | None, overwrite: bool
+) -> None:
     """Train the LoRAs and guides that a recipe's phases name.
 
     RECIPE is a YAML file, or the name of a shipped recipe. An interrupted run goes on from its last checkpoint.
@@ -43,6 +50,7 @@ def command(recipe: str, output: Path | None, work: Path | None, device: str | N
             plan,
             folder,
             work=work or folder / ".distill" / plan.name,
+            samples=samples,
             out=output,
             overwrite=overwrite,
             device=device,

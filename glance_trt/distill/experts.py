@@ -68,6 +68,7 @@ def train(
     folder: Path,
     *,
     work: Path,
+    samples: Path | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     device: str | None = None,
@@ -78,10 +79,10 @@ def train(
     `folder` is what the recipe's paths are relative to. A result goes to the file that its phase names, or to
     ``<out>/<phase>.safetensors`` and ``<out>/<phase>.guide.safetensors``; LoRAs are in diffusers' layout, with alpha
     and their provenance in the metadata. `work` takes checkpoints (``<phase>.pt``), logs (``<phase>.loss.csv``), and
-    what the base model samples, with a preview of its images (``samples.png``). A run that was interrupted goes on from
-    them when it is called again, and phases whose results are there are not trained twice. `device` is PyTorch's;
-    nothing means CUDA where there is one. Reports the stages ``sample``, in images or trajectories, and
-    ``train <phase>``, in steps.
+    a preview of what the base model samples (``samples.png``); the samples go to `samples`, which recipes can share, or
+    else to a folder in `work`. A run that was interrupted goes on from them when it is called again, and phases whose
+    results are there are not trained twice. `device` is PyTorch's; nothing means CUDA where there is one. Reports the
+    stages ``sample``, in images or trajectories, and ``train <phase>``, in steps.
 
     Raises `RecipeError` for a recipe or an image that does not fit, `ModelError` for a base model that is no Stable
     Diffusion, `OutputError` for a result that exists (unless `overwrite`), and whatever `fitting.fit` raises.
@@ -92,7 +93,10 @@ def train(
     phases = [(phase.name, phase.steps) for phase in recipe.phases]
     table = compile_schedule(config, phases, teacher_steps=recipe.teacher_steps, sampler=recipe.sampler)  # or raises
     runs = _runs(recipe, folder, out, config, table)
-    material = _prepare(load_base(folder / recipe.model), recipe, settings, given, config, work, device, progress)
+    samples = samples or work / "samples"
+    material = _prepare(
+        load_base(folder / recipe.model), recipe, settings, given, config, work, samples, device, progress
+    )
     chained = settings.method == "trajectory" and settings.on_policy
     identities = [_identity(run, material, runs[:i] if chained else [], settings) for i, run in enumerate(runs)]
     trained = [run for run in runs if list(run.parts)]
@@ -178,6 +182,7 @@ def _prepare(
     given: data.Given,
     config: Mapping[str, Any],
     work: Path,
+    samples: Path,
     device: str | None,
     progress: Progress,
 ) -> _Material:
@@ -198,21 +203,14 @@ def _prepare(
         steps = [step - 1 for phase in recipe.phases for step in phase.steps] if by_trajectory else []
         states = teacher.trajectories(
             model,
+            captions=[given.captions[i] for i in caption.tolist()],
             embeds=embeds[caption],
             scales=scales,
             seed=settings.seed,
             shape=teacher.latent_shape(base, recipe),
             keep=[*steps, recipe.teacher_steps],
-            identity={
-                "model": digest,
-                "captions": given.digest(),
-                "guidance": strict.write(model.guidance),
-                "scales": scales.tolist(),
-                "scheduler": dict(config),
-                "teacher_steps": recipe.teacher_steps,
-                "precision": settings.precision,
-            },
-            work=work,
+            model=digest,
+            folder=samples,
             progress=progress,
         )
         _preview(base, states[:_SHOWN, -1], work / "samples.png")

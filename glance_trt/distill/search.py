@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from glance_trt import strict
 from glance_trt.distill import teacher
 from glance_trt.distill.base import load_base
 from glance_trt.distill.data import encode_captions
@@ -64,8 +63,8 @@ def search(
 ) -> Search:
     """Roll out the recipe's teacher on `samples` noises, the prompts taken in turns, and find the best `count` knots.
 
-    `folder` is what the recipe's paths are relative to; `work` takes the trajectories. Raises `RecipeError` where
-    `count` is not possible, and what `teacher.trajectories` raises.
+    `folder` is what the recipe's paths are relative to; the trajectories go to ``<work>/samples``. Raises
+    `RecipeError` where `count` is not possible, and what `teacher.trajectories` raises.
     """
     if not 1 <= count <= recipe.teacher_steps:
         raise RecipeError(f"knots: {count} of {recipe.teacher_steps} teacher steps; ask for 1 to all of them")
@@ -77,19 +76,14 @@ def search(
     captions = [prompts[i % len(prompts)] for i in range(samples)]
     states = teacher.trajectories(
         model,
+        captions=captions,
         embeds=encode_captions(base, tuple(captions)),
         scales=torch.full((samples,), model.guidance.scale, device=place),
         seed=recipe.distill.seed if recipe.distill else 0,
         shape=teacher.latent_shape(base, recipe),
         keep=range(recipe.teacher_steps + 1),
-        identity={
-            "model": base.digest(),
-            "captions": captions,
-            "guidance": strict.write(model.guidance),
-            "scheduler": dict(config),
-            "teacher_steps": recipe.teacher_steps,
-        },
-        work=work,
+        model=base.digest(),
+        folder=work / "samples",
         progress=progress,
     )
     return evaluate(states.flatten(2).double().cpu().numpy(), table, count)

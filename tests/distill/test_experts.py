@@ -146,7 +146,7 @@ def test_saved_lora_gives_the_trained_output_in_a_fresh_diffusers_pipeline(
         assert scales == {3.0}  # alpha 6 / rank 2
         with torch.no_grad():
             loaded = pipeline.unet(*inputs).sample
-        assert torch.equal(loaded, expected)
+        torch.testing.assert_close(loaded, expected, rtol=1e-5, atol=1e-6)
         assert (loaded - plain).abs().max() > 1e-3
 
 
@@ -239,7 +239,7 @@ def test_an_interrupted_run_resumes_to_byte_identical_results(
 
     with pytest.raises(KeyboardInterrupt):
         distill.train(recipe, home, work=tmp_path / "b", out=tmp_path / "parts", progress=stop)
-    (sampled,) = (tmp_path / "b").rglob("trajectories-*/*.safetensors")
+    (sampled,) = (tmp_path / "b").glob("samples/*.safetensors")
     written = sampled.stat().st_mtime_ns
     calls: list[tuple[str, float, float]] = []
     parts = distill.train(

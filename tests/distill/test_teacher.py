@@ -94,7 +94,8 @@ class Sampling:
 
     def __init__(self, base: Base, config: Mapping[str, Any], work: Path) -> None:
         self.teacher, self.work, self.predictions = a_teacher(base, config, Guidance(), 3), work, 0
-        self.embeds = data.encode_captions(base, tuple(f"number {i}" for i in range(18)))
+        self.captions = tuple(f"number {i}" for i in range(18))
+        self.embeds = data.encode_captions(base, self.captions)
         self.scales = torch.linspace(1, 9, 18)
         self.calls: list[tuple[str, float, float]] = []
         predict = self.teacher.predict
@@ -108,17 +109,20 @@ class Sampling:
     def sample(self, **changes: Any) -> Tensor:
         """`teacher.trajectories`, and how many predictions it made."""
         self.predictions, self.calls = 0, []
-        options = {"embeds": self.embeds, "scales": self.scales, "seed": 7, "shape": SHAPE, "keep": [0, 2, 3]}
+        options = {
+            **{"captions": self.captions, "embeds": self.embeds, "scales": self.scales},
+            **{"seed": 7, "shape": SHAPE, "keep": [0, 2, 3], "model": "x"},
+        }
         return teacher.trajectories(
             self.teacher,
-            **{**options, "identity": {"model": "x"}, **changes},
-            work=self.work,
+            **{**options, **changes},
+            folder=self.work,
             progress=lambda *call: self.calls.append(call),
         )
 
     @property
     def files(self) -> list[Path]:
-        return sorted(self.work.rglob("*.safetensors"))
+        return sorted(self.work.rglob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
 
 
 @pytest.fixture
@@ -160,14 +164,30 @@ def test_a_damaged_file_is_named(damage: Any, sampling: Sampling) -> None:
     assert torch.equal(sampling.sample(), states)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"identity": {"model": "y"}}, {"seed": 8}, {"keep": [0, 3]}, {"shape": (4, 8, 16)}]
-)
+@pytest.mark.parametrize("changes", [{"model": "y"}, {"seed": 8}, {"scales": torch.ones(18)}, {"shape": (4, 8, 16)}])
 def test_trajectories_of_another_kind_are_sampled_anew(changes: dict[str, Any], sampling: Sampling) -> None:
     first = sampling.sample()
     other = sampling.sample(**changes)
     assert sampling.predictions == 2 * 3
-    assert len({file.parent for file in sampling.files}) == 2
+    assert len(sampling.files) == 4
     assert other.shape[2:] == changes.get("shape", SHAPE)
     assert torch.equal(sampling.sample(), first)
     assert sampling.predictions == 0
+
+
+def test_trajectories_are_found_again_by_whoever_needs_other_states_or_fewer(sampling: Sampling) -> None:
+    states = sampling.sample()
+    assert torch.equal(sampling.sample(keep=[0, 1, 3])[:, [0, 2]], states[:, [0, 2]])
+    assert sampling.predictions == 0
+    first = {key: getattr(sampling, key)[:16] for key in ("captions", "embeds", "scales")}
+    assert torch.equal(sampling.sample(**first), states[:16])
+    assert sampling.predictions == 0
+
+
+def test_trajectories_of_another_teacher_are_its_own(
+    base: Base, scheduler_config: Mapping[str, Any], sampling: Sampling
+) -> None:
+    sampling.sample()
+    sampling.teacher = a_teacher(base, scheduler_config, Guidance(negative_prompt="a blur"), 3)
+    sampling.sample()
+    assert len(sampling.files) == 4
