@@ -333,12 +333,14 @@ def compile_schedule(
     one goes to the end of the grid. All knots of the grid give the teacher's own sampling. (Where DDIM's timesteps are
     not evenly spaced, diffusers steps to a level beside that of its next timestep; here the two are always the same.)
 
-    `released` (flow matching only) does what the released code of Glance (arXiv 2512.02899) does, defects included.
-    It replaces the timesteps given to the model but never the sigmas, which each phase takes from the top of a fresh
-    grid: the first phase makes the first steps of the teacher's grid, one after the other, and every later phase walks
-    from sigma 1 to 0 on a grid of as many steps as it has knots. (Qwen-Image: 1.0 -> 0.946, then 1.0 -> 0 in 5 steps.)
-    Timesteps are those of 1024 x 1024 at every image size, rounded to bfloat16. The code was released for Qwen-Image
-    in two phases; other models and numbers of phases follow the same rule.
+    `released` (flow matching and DDIM) does what the released code of Glance (arXiv 2512.02899) does, defects
+    included. It replaces the timesteps given to the model but never the sigmas, which each phase takes from the top of
+    a fresh grid: the first phase makes the first steps of the teacher's grid, one after the other, and every later
+    phase walks from sigma 1 to 0 on a grid of as many steps as it has knots. (Qwen-Image: 1.0 -> 0.946, then 1.0 -> 0
+    in 5 steps.) Timesteps are those of 1024 x 1024 at every image size, rounded to bfloat16. The code was released for
+    Qwen-Image in two phases; other models and numbers of phases follow the same rule. Doing the same to DDIM, which
+    looks levels up by timestep, leaves each step at its own level but keeps the stride of the phase's grid: the first
+    phase goes down by one step of the teacher's grid at a time, whatever its next knot is.
 
     Raises `RecipeError` for phases that make no schedule and for everything that `teacher_grid` refuses.
     """
@@ -347,16 +349,23 @@ def compile_schedule(
     grid = _grid(scheduler, teacher_steps, image_tokens)
     indices = [step - 1 for _, step in knots]
     if sampler == "released":
-        if not isinstance(scheduler, _FlowMatch):
-            raise RecipeError(
-                "sampler: 'released' reproduces code for FlowMatchEulerDiscreteScheduler, and the scheduler is "
-                f"{config['_class_name']}; use 'consistent'"
-            )
-        timesteps = _bfloat16(_grid(scheduler, teacher_steps, RELEASED_IMAGE_TOKENS).timesteps[indices])
         sizes = [len(steps) for _, steps in phases]
-        grids = [grid, *(_grid(scheduler, size, image_tokens) for size in sizes[1:])]
-        levels = np.concatenate([g.levels[:size] for g, size in zip(grids, sizes, strict=True)])
-        targets = np.concatenate([g.levels[1 : size + 1] for g, size in zip(grids, sizes, strict=True)])
+        counts = [teacher_steps, *sizes[1:]]
+        if isinstance(scheduler, _FlowMatch):
+            timesteps = _bfloat16(_grid(scheduler, teacher_steps, RELEASED_IMAGE_TOKENS).timesteps[indices])
+            grids = [_grid(scheduler, count, image_tokens) for count in counts]
+            levels = np.concatenate([g.levels[:size] for g, size in zip(grids, sizes, strict=True)])
+            targets = np.concatenate([g.levels[1 : size + 1] for g, size in zip(grids, sizes, strict=True)])
+        elif isinstance(scheduler, _DDIM):
+            timesteps, levels = grid.timesteps[indices], grid.levels[indices]
+            strides = np.repeat([scheduler.num_train_timesteps // count for count in counts], sizes)
+            before, alphas = timesteps.astype(np.int64) - strides, scheduler.alphas_cumprod()
+            targets = np.where(before >= 0, alphas[np.maximum(before, 0)], grid.levels[-1])
+        else:
+            raise RecipeError(
+                "sampler: 'released' is known for FlowMatchEulerDiscreteScheduler and DDIMScheduler, and the scheduler "
+                f"is {config['_class_name']}; use 'consistent'"
+            )
     elif sampler == "consistent":
         timesteps = grid.timesteps[indices]
         levels = grid.levels[indices]

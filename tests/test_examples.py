@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import ablate
 import pytest
 import yaml
+from arms import ARMS, WORDS
 
 from glance_trt import recipe
-
-ARMS = {name: content for arms in ablate.groups().values() for name, content in arms.items()}
 
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_of_the_ablation_is_a_recipe(name: str, tmp_path: Path) -> None:
-    content: dict[str, Any] = {"name": name, "model": "model", **ARMS[name]}
-    if "distill" in content:
-        content["distill"] = {key: value for key, value in content["distill"].items() if value is not None}
-    (tmp_path / "arm.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "arm.yaml").write_text(yaml.safe_dump({"name": name, "model": "model", **ARMS[name].recipe}))
     plan, _ = recipe.load(tmp_path / "arm.yaml")
-    once = {"none", "embedded"}
-    per_step = 1 if plan.guidance.mode in once else 2
-    assert ablate.evaluations(ARMS[name]) == per_step * sum(len(phase.steps) for phase in plan.phases)
+    per_step = 2 if plan.guidance.mode == "cfg" else 1
+    assert ARMS[name].evaluations == per_step * sum(len(phase.steps) for phase in plan.phases)
+
+
+def test_scenes_of_words_that_the_sample_has_and_of_others() -> None:
+    seen, unseen = (ablate.scenes_of(ARMS[f"words-base-{kind}"], 100) for kind in ("seen", "unseen"))
+    assert len(seen) == len(unseen) == 100
+    words = set(WORDS["prompt"].split())
+    assert all(set(scene.caption.split()) <= words for scene in seen)
+    assert all(set(scene.caption.split()) & words <= {"a", "of", "on", "background"} for scene in unseen)
+    assert len({scene.caption for scene in seen}) > 10
+    assert len({scene.caption for scene in unseen}) == 100
+
+
+def test_a_stage_that_was_interrupted_is_timed_as_a_whole_one() -> None:
+    assert ablate.duration([(10.0, 0, 8), (10.0, 4, 8), (11.0, 5, 8), (14.0, 8, 8)]) == 8.0
+    assert ablate.duration([(10.0, 0, 8), (11.0, 1, 8), (18.0, 8, 8)]) == 8.0
+    assert ablate.duration([(10.0, 0, 8), (10.0, 8, 8)]) == 0.0

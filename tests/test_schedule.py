@@ -282,6 +282,23 @@ def test_released_walks_sigmas_as_two_pipelines_of_diffusers_that_replace_only_t
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("set_alpha_to_one", [True, False])
+def test_released_keeps_the_stride_of_two_ddim_pipelines_of_diffusers(set_alpha_to_one: bool) -> None:
+    config = {**DDIM, "set_alpha_to_one": set_alpha_to_one}
+    compiled = compile_schedule(config, GLANCE, teacher_steps=50, sampler="released")
+    generator = torch.Generator().manual_seed(3)
+    ours = theirs = torch.randn(1, 64, generator=generator)
+    knots = teacher_grid(config, 50).timesteps[[step - 1 for _, steps in GLANCE for step in steps]]
+    scheduler = diffusers.DDIMScheduler.from_config(config)
+    for i, (step, timestep) in enumerate(zip(compiled.steps, knots, strict=True)):
+        scheduler.set_timesteps(50 if i < len(GLANCE[0][1]) else len(GLANCE[1][1]))
+        output = torch.randn(1, 64, generator=generator)
+        theirs = scheduler.step(output, int(timestep), theirs, return_dict=False)[0]
+        assert step.timestep == timestep
+        ours = step.a * ours + step.b * output
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_released_gives_the_printed_numbers() -> None:
     compiled = compile_schedule(QWEN, GLANCE, teacher_steps=50, sampler="released", image_tokens=4096)
     timesteps = [step.timestep for step in compiled.steps]
@@ -379,8 +396,8 @@ def test_phases_that_make_no_schedule_are_refused(phases: Any, message: str) -> 
 
 
 def test_the_sampler_must_fit_the_scheduler() -> None:
-    with pytest.raises(RecipeError, match=r"'released' reproduces .* the scheduler is DDIMScheduler; use 'consistent'"):
-        compile_schedule(DDIM, GLANCE, teacher_steps=50, sampler="released")
+    with pytest.raises(RecipeError, match=r"'released' is known for .* is EulerDiscreteScheduler; use 'consistent'"):
+        compile_schedule(EULER, GLANCE, teacher_steps=50, sampler="released")
     with pytest.raises(RecipeError, match="sampler: got 'fast'; expected 'consistent' or 'released'"):
         compile_schedule(DDIM, GLANCE, teacher_steps=50, sampler="fast")  # type: ignore[arg-type]
     with pytest.raises(RecipeError, match="teacher_steps: got 0; expected at least 1"):

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from data import Scene, held_out_scenes
+from data import PLAIN, Scene, Style, held_out_scenes
 from numpy.typing import NDArray
 from score import ATTRIBUTES, score
 from tqdm import tqdm
@@ -58,9 +58,9 @@ def images_of(bundle: Path, scenes: list[Scene], seeds: list[int], label: str) -
     return np.array(found)
 
 
-def marks_of(images: NDArray[np.uint8], scenes: list[Scene]) -> list[list[dict[str, bool]]]:
+def marks_of(images: NDArray[np.uint8], scenes: list[Scene], style: Style = PLAIN) -> list[list[dict[str, bool]]]:
     """The scorer's marks, per scene and seed."""
-    return [[score(image, scene) for image in row] for row, scene in zip(images, scenes, strict=True)]
+    return [[score(image, scene, style) for image in row] for row, scene in zip(images, scenes, strict=True)]
 
 
 def summary(marks: list[list[dict[str, bool]]], name: str) -> tuple[float, float]:

@@ -63,6 +63,7 @@ class DiffusersReference:
         scheduler.set_timesteps(recipe.teacher_steps)
         grid = scheduler.timesteps.tolist()
         self._knots = [(phase, grid[step - 1]) for phase in recipe.phases for step in phase.steps]
+        self._inference_steps = self._strides()
 
     def _fuse(self, phase: Phase, folder: Path) -> Any:
         """The phase's own UNet; the pipeline keeps the base."""
@@ -89,7 +90,7 @@ class DiffusersReference:
         latents = torch.cat(noise) * pipe.scheduler.init_noise_sigma
         context = torch.cat([negative, embeds]) if cfg else embeds
         current = None
-        for (phase, timestep), following in zip(self._knots, [*self._knots[1:], None], strict=True):
+        for (phase, timestep), inference_steps in zip(self._knots, self._inference_steps, strict=True):
             if phase is not current:
                 self._switch(phase)
                 current = phase
@@ -100,7 +101,7 @@ class DiffusersReference:
                 predicted = without + guidance.scale * (with_ - without)
                 if guidance.rescale:
                     predicted = rescale_noise_cfg(predicted, with_, guidance.rescale)
-            self._aim(timestep, following[1] if following else None)
+            pipe.scheduler.num_inference_steps = inference_steps
             latents = pipe.scheduler.step(predicted, timestep, latents, return_dict=False)[0]
         image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
         images = pipe.image_processor.postprocess(image, output_type="np")
@@ -123,12 +124,17 @@ class DiffusersReference:
                 if isinstance(layer, LoraLayer) and phase.name in layer.scaling:
                     layer.scaling[phase.name] = phase.lora.scale
 
-    def _aim(self, timestep: int, following: int | None) -> None:
-        """Make the scheduler's next step end at the next knot: it goes ``num_train_timesteps // num_inference_steps``
-        down, which a fraction hits exactly."""
-        scheduler = self._pipe.scheduler
-        stride = timestep - following if following is not None else timestep + 1
-        scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, stride)
+    def _strides(self) -> list[int | Fraction]:
+        """What makes the scheduler's step at each knot end at the next one, or with `released` where the released code
+        of Glance would: it goes ``num_train_timesteps // num_inference_steps`` down, which a fraction hits exactly."""
+        if self._recipe.sampler == "released":
+            first, *rest = self._recipe.phases
+            counts = [self._recipe.teacher_steps, *(len(phase.steps) for phase in rest)]
+            return [count for count, phase in zip(counts, [first, *rest], strict=True) for _ in phase.steps]
+        timesteps = [timestep for _, timestep in self._knots]
+        ends = [*timesteps[1:], -1]
+        count = self._pipe.scheduler.config.num_train_timesteps
+        return [Fraction(count, start - end) for start, end in zip(timesteps, ends, strict=True)]
 
 
 def _main(recipe: str, prompt: str = "", seed: str = "", out: str = "") -> None:
