@@ -183,8 +183,10 @@ def trajectory() -> dict[str, Arm]:
     """Experts that land where the guided teacher does."""
     return {
         "trajectory-10": arm(two(*searched(10)), NONE, **TRAJECTORY),
-        "trajectory-6": arm(two(*searched(6)), NONE, **TRAJECTORY),
-        "trajectory-4": arm(two(*searched(4)), NONE, **TRAJECTORY),
+        "trajectory-6": arm(
+            two(*searched(6)), NONE, **{**TRAJECTORY, "steps": 700}
+        ),  # fewer jumps, so more time for each
+        "trajectory-4": arm(two(*searched(4)), NONE, **{**TRAJECTORY, "steps": 1000}),
         "trajectory-10-paper": arm(two(SLOW, FAST), NONE, **TRAJECTORY),
         "trajectory-10-scale": arm(two(*searched(10), guided=True), EMBEDDED, **{**TRAJECTORY, "guidance": None}),
         "trajectory-10-off-policy": arm(two(*searched(10)), NONE, **TRAJECTORY, on_policy=False),
