@@ -105,6 +105,7 @@ class _Build:
         self.tensors = self._read_weights()
         self.loras = phases.loras(plan, folder, self.tensors["denoiser"])
         self.guides = phases.guides(plan, folder, self.family)
+        self.scales = phases.scales(plan, self.guides)
         self.sources = self.family.sources(self.guides)
         self.texts = self.family.tokenizers()
         self.graphs: dict[str, Graph] = {}
@@ -339,7 +340,7 @@ class _Build:
             provenance=format_.Provenance(self.model.resolve().name, loras, self.tools | {"build": self.key}, guides),
             image=self.image,
             tokenizers=self.tokenizers,
-            guidance=format_.Guidance(self.plan.guidance.scale, self.plan.guidance.negative_prompt),
+            guidance=format_.Guidance(self.plan.guidance.scale, self.plan.guidance.negative_prompt, self.scales),
             schedules=self.schedules,
             graphs=self.graphs,
             engines=self.engines,

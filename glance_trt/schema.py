@@ -178,13 +178,19 @@ class Image:
 
 @dataclass(frozen=True)
 class Guidance:
-    """The guidance scale and negative prompt that are used when none is given."""
+    """The guidance scale and negative prompt that are used when none is given. range: the lowest and the highest scale
+    that the guides inside were trained for; empty where there are none, or they do not say."""
 
     scale: float = 1.0
     negative_prompt: str = ""
+    range: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         limits.check_float32("scale", self.scale)
+        for i, bound in enumerate(self.range):
+            limits.check_float32(f"range[{i}]", bound)
+        if self.range and not (len(self.range) == 2 and self.range[0] <= self.scale <= self.range[1]):
+            raise strict.Mismatch(f"range: expected a low and a high number around the scale, got {list(self.range)}")
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def write_lora(tiny_model: Path) -> Callable[..., Path]:
 def write_guide(tiny_model: Path) -> Callable[..., Path]:
     """Writes a random guide of the tiny model's UNet, and returns its path.
 
-    ``write(path, kind, seed=0)``
+    ``write(path, kind, seed=0, scales=())``
     """
     import torch
     from diffusers import UNet2DConditionModel
@@ -177,10 +177,11 @@ def write_guide(tiny_model: Path) -> Callable[..., Path]:
 
     unet = UNet2DConditionModel.load_config(tiny_model / "unet")
 
-    def write(path: Path, kind: guide.Kind, *, seed: int = 0) -> Path:
+    def write(path: Path, kind: guide.Kind, *, seed: int = 0, scales: tuple[float, ...] = ()) -> Path:
         config = guide.configure("full" if kind == "tiny" else kind, unet, 0)
         if kind == "tiny":  # the model is too small for one of 1 %
             config = dataclasses.replace(config, kind=kind, widths=dict.fromkeys(config.channels, 3))
+        config = dataclasses.replace(config, scales=scales)
         generator = torch.Generator().manual_seed(seed)
         tensors = {
             name: 0.3 * torch.randn(value.shape, generator=generator)

@@ -452,6 +452,25 @@ def test_guides_are_built_into_their_phases_and_leave_the_base_alone(
     assert all(name.startswith(("denoiser.middle", "cpu.denoiser", "bundle.json")) for name in changed)
 
 
+def test_a_bundle_takes_only_scales_that_all_its_guides_were_trained_for(
+    guided: Home, write_guide: Callable[..., Path]
+) -> None:
+    write_guide(guided.folder / "middle.guide", "tiny", scales=(2.0, 9.0))
+    write_guide(guided.folder / "fast.guide", "embedding", scales=(1.0, 4.0))
+    bundle = guided.build().bundle
+    assert bundle.manifest.guidance.range == (2.0, 4.0)
+    assert "  guidance     cfg, embedded, scale 3 by default, from 2 to 4" in describe(bundle.manifest)
+    with Pipeline.open(bundle) as pipeline:
+        _image(pipeline, 4.0)
+        with pytest.raises(
+            InputError, match=r"^guidance scale: 4\.5 is outside 2 to 4, which the guide in this bundle"
+        ):
+            _image(pipeline, 4.5)
+    guided.write(**GUIDED, guidance={"mode": "cfg", "scale": 5.0})
+    with pytest.raises(RecipeError, match=r"^guidance\.scale: 5 is outside 1 to 4, which the guide of phase fast was"):
+        guided.build(overwrite=True)
+
+
 def test_an_embedded_scale_gives_the_images_of_diffusers_own_embedding(guided: Home) -> None:
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel

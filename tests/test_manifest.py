@@ -61,6 +61,15 @@ def test_dump_refuses_what_load_would_refuse(good: Manifest) -> None:
         manifest.dump(long)
 
 
+@pytest.mark.parametrize("bounds", [[2.0], [1.0, 2.0, 4.0], [4.0, 9.0], [9.0, 2.0], ["2", 9.0], [2.0, 1e39]])
+def test_a_range_of_scales_is_two_numbers_around_the_default(bounds: list[Any]) -> None:
+    value = tiny.manifest() | {"guidance": {"scale": 3.0, "range": [2.0, 9.0]}}
+    assert manifest.load(json.dumps(value)).guidance.range == (2.0, 9.0)
+    value["guidance"]["range"] = bounds
+    with pytest.raises(BundleError, match=r"^bundle\.json: guidance\.range"):
+        manifest.load(json.dumps(value))
+
+
 def test_errors_name_the_file_they_are_told() -> None:
     with pytest.raises(BundleError, match=r"^here/bundle\.json: format 3 is newer than 1"):
         manifest.load('{"format": 3}', "here/bundle.json")

@@ -43,6 +43,8 @@ def describe(manifest: Manifest) -> list[str]:
     guided = {name: graph.guidance for name, graph in manifest.graphs.items() if name.startswith("denoiser.")}
     modes = sorted(set(guided.values()))
     scale = "" if modes == ["none"] else f", scale {manifest.guidance.scale:g} by default"
+    if bounds := manifest.guidance.range:
+        scale += f", from {bounds[0]:g} to {bounds[1]:g}"
     lines.append(f"  guidance     {', '.join(modes)}{scale}")
     for name, schedule in manifest.schedules.items():
         lines += table(name, schedule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Student(nn.Module):
         if parts.guide is not None:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                self.guide = Guide(guides.configure(settings.guide, unet.config, size)).to(unet.device)
+                config = replace(guides.configure(settings.guide, unet.config, size), scales=settings.scales)
+                self.guide = Guide(config).to(unet.device)
 
     def forward(self, sample: Tensor, timestep: Tensor, embeds: Tensor, scale: Tensor) -> Tensor:
         """The output for sample [B, C, h, w] as the UNet takes it, timestep [] or [B], embeds [B, L, D], and the

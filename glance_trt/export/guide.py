@@ -45,16 +45,20 @@ _TINY = 0.01  # of the base's parameters
 class Config:
     """What a guide is made for: each block's channels, by the UNet's own name for it, and the adapter's width there.
 
-    text: width of the text embeddings. An ``embedding`` has one block, ``time_embedding``, with the channels of its
-    input and the width of the scale's sinusoids.
+    text: width of the text embeddings. scales: the lowest and the highest guidance scale that it was trained for; empty
+    where that is not known. An ``embedding`` has one block, ``time_embedding``, with the channels of its input and the
+    width of the scale's sinusoids.
     """
 
     kind: Kind
     channels: dict[str, int]
     widths: dict[str, int]
     text: int
+    scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.scales and not (len(self.scales) == 2 and self.scales[0] < self.scales[1]):
+            raise strict.Mismatch(f"scales: expected the lowest and the highest one, got {list(self.scales)}")
         if self.widths.keys() != self.channels.keys() or not all(0 < width <= 2**16 for width in self.widths.values()):
             raise strict.Mismatch("widths: expected a width from 1 to 65536 for each of the channels")
 

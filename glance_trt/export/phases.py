@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from glance_trt.errors import RecipeError
 from glance_trt.export import guide, lora
 from glance_trt.export.families import Family, read_json
 from glance_trt.export.guide import GuideFile
@@ -26,3 +27,18 @@ def guides(recipe: Recipe, folder: Path, family: Family) -> dict[str, GuideFile]
     component = folder / recipe.model / family.components["denoiser"]
     config = read_json(component / "config.json", f"{component}: missing, with its config.json")
     return {phase.name: guide.read(folder / phase.guide, config) for phase in recipe.phases if phase.guide}
+
+
+def scales(recipe: Recipe, guides: Mapping[str, GuideFile]) -> tuple[float, ...]:
+    """The lowest and the highest guidance scale that all guides were trained for; nothing where none says.
+
+    Raises `RecipeError` where the recipe's own is outside.
+    """
+    known = {phase: item.config.scales for phase, item in guides.items() if item.config.scales}
+    for phase, (low, high) in known.items():
+        if not low <= recipe.guidance.scale <= high:
+            raise RecipeError(
+                f"guidance.scale: {recipe.guidance.scale:g} is outside {low:g} to {high:g}, which the guide of phase "
+                f"{phase} was trained for"
+            )
+    return (max(low for low, _ in known.values()), min(high for _, high in known.values())) if known else ()

@@ -173,6 +173,11 @@ class Pipeline:
             scale = manifest.guidance.scale if guidance_scale is None else guidance_scale
             if not _is_float32(scale):
                 raise InputError(f"guidance scale: expected a finite number, got {scale!r}")
+            if (bounds := manifest.guidance.range) and not bounds[0] <= scale <= bounds[1]:
+                raise InputError(
+                    f"guidance scale: {scale:g} is outside {bounds[0]:g} to {bounds[1]:g}, which the guide in this "
+                    "bundle was trained for"
+                )
         elif guidance_scale is not None:
             raise InputError("guidance scale: this bundle was built without guidance; leave it out")
         if "negative" in kinds:

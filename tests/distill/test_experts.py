@@ -377,7 +377,8 @@ def test_guides_of_both_kinds_are_read_back_for_this_model(home: Path, make_reci
     assert provenance["guidance"]["mode"] == "cfg"
     files = distill.train(make_recipe(**TINY), home, work=tmp_path / "b", out=tmp_path / "b")
     assert [file.name for file in files] == ["slow.guide.safetensors", "fast.guide.safetensors"]
-    assert guide.read(files[0], unet).config.kind == "tiny"
+    config = guide.read(files[0], unet).config
+    assert (config.kind, config.scales) == ("tiny", (2.0, 9.0))
 
 
 def test_prompts_are_sampled_in_turns_and_each_image_keeps_its_caption(
