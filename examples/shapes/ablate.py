@@ -4,6 +4,7 @@
     python examples/shapes/ablate.py glance trajectory    # some groups of arms, or some arms by name
     python examples/shapes/ablate.py --list
     python examples/shapes/ablate.py --times              # times all arms that are there, side by side
+    python examples/shapes/ablate.py --plot FILE.png
 
 Each arm (arms.py) is a recipe: it is distilled, built for the CPU, and generates 500 held-out captions with three
 seeds. Results go to ablation.json, one arm at a time, and as a table to stdout; an arm that is there already, with the
@@ -207,11 +208,39 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Accuracy over evaluations of the network, a colour for each group."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xscale="log", xlabel="evaluations of the network", ylabel="captions that hold, %")
+    for group, arms in GROUPS.items():
+        points = [results[name] for name in arms if name in results and ARMS[name].measured_alike]
+        if points:
+            means, halves = zip(*(found["accuracy"]["all"] for found in points), strict=True)
+            axes.errorbar(
+                [found["evaluations"] for found in points],
+                [100 * mean for mean in means],
+                [100 * half for half in halves],
+                fmt="o",
+                capsize=3,
+                alpha=0.8,
+                label=group,
+            )
+    ticks = sorted({found["evaluations"] for found in results.values()})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="groups or arms; default: all")
     parser.add_argument("--list", action="store_true", help="list groups and arms")
     parser.add_argument("--times", action="store_true", help="instead, time the arms whose bundles are there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="instead, plot accuracy over evaluations")
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--model", type=Path, default=HERE / "model")
@@ -239,6 +268,9 @@ def main() -> None:
         save()
         print(speeds(results))
         return
+    if arguments.plot:
+        plot(results, arguments.plot)
+        return
     prepare(work)
     model = digest_of(arguments.model)
     for name in wanted:
@@ -248,7 +280,7 @@ def main() -> None:
         results[name] = run(name, ARMS[name], arguments.model, work, arguments.captions, arguments.seeds)
         results[name]["made_from"] = made_from
         for other, found in results.items():
-            if found.get("distance") is None and ARMS[other].style == "plain" and ARMS[other].scenes == "held-out":
+            if found.get("distance") is None and ARMS[other].measured_alike:
                 found["distance"] = distance(work / other / "images.npy", work / "teacher-50" / "images.npy")
         save()
         print(table({name: results[name]}).splitlines()[-1], flush=True)

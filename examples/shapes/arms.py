@@ -53,6 +53,11 @@ class Arm:
     scenes: Scenes = "held-out"
 
     @property
+    def measured_alike(self) -> bool:
+        """Whether its figures can stand beside those of the teacher."""
+        return self.style == "plain" and self.scenes == "held-out"
+
+    @property
     def evaluations(self) -> int:
         """Evaluations of the network for one image."""
         twice = self.recipe["guidance"]["mode"] == "cfg"
