@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -30,14 +30,17 @@ _HEADER = "step,timestep,loss\n"
 
 
 class Loss(NamedTuple):
-    """A scalar to be minimised, and the timesteps [batch] it was taken at."""
+    """A scalar to be minimised, or a part of it, and the timesteps [batch] it was taken at."""
 
     value: Tensor
     timesteps: tuple[float, ...]
 
 
-LossFunction = Callable[[torch.Generator], Loss]
-"""Draws all its random numbers from the CPU generator that it is given, so that a run can be resumed."""
+LossFunction = Callable[[torch.Generator], Iterable[Loss]]
+"""Yields the parts whose sum is a step's loss. Each goes backward before the next is computed, to save memory.
+
+It draws all its random numbers from the CPU generator that it is given, so that a run can be resumed.
+"""
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -89,13 +92,15 @@ def fit(
         progress(stage, start, settings.steps)
     with _open_log(work / f"{name}.loss.csv", start) as log:
         for step in range(start + 1, settings.steps + 1):
-            loss, timesteps = loss_of_step(generator)
             optimizer.zero_grad()
-            loss.backward()
+            loss, timesteps = 0.0, ()
+            for part in loss_of_step(generator):
+                part.value.backward()
+                loss, timesteps = loss + part.value.item(), (*timesteps, *part.timesteps)
             norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP_NORM).item()
-            if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
-                    f"{name}: at step {step} (timestep {_joined(timesteps)}) the loss is {loss.item():g} and the norm "
+                    f"{name}: at step {step} (timestep {_joined(timesteps)}) the loss is {loss:g} and the norm "
                     f"of its gradient {norm:g}. "
                     + (f"The checkpoint of step {kept} is kept: {path}. " if kept else "There is no checkpoint yet. ")
                     + "Try a smaller distill.learning_rate or distill.alpha, or check the base model's own output"
@@ -104,7 +109,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * (1 - (step - 1) / settings.steps)
             optimizer.step()
-            log.write(f"{step},{_joined(timesteps)},{loss.item()!r}\n")
+            log.write(f"{step},{_joined(timesteps)},{loss!r}\n")
             if step == settings.steps or step % checkpoint_every == 0 or _passed(kept_at) >= CHECKPOINT_SECONDS:
                 log.flush()  # a resumed run takes the rows up to its checkpoint for granted
                 now = Checkpoint(

@@ -6,7 +6,7 @@ velocity.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def ground_truth_loss(
     size, device = settings.batch_size, examples.latents.device
     embeds = torch.cat([examples.embeds, examples.empty])
 
-    def loss_of_step(generator: torch.Generator) -> Loss:
+    def loss_of_step(generator: torch.Generator) -> Iterator[Loss]:
         chosen = torch.randint(len(knots.timesteps), (size,), generator=generator)
         dropped = torch.rand(size, generator=generator) < settings.caption_dropout
         noise = torch.randn(size, *examples.latents.shape[1:], generator=generator).to(device)
@@ -71,6 +71,6 @@ def ground_truth_loss(
         sample, signal, spread = knots.noised(latents, noise, chosen)
         target = {"epsilon": noise, "v_prediction": signal * noise - spread * latents, "sample": latents}
         predicted = student(sample, timesteps.to(device), embeds[captions], torch.ones(size, device=device))
-        return Loss(F.mse_loss(predicted, target[prediction_type]), tuple(timesteps.tolist()))
+        yield Loss(F.mse_loss(predicted, target[prediction_type]), tuple(timesteps.tolist()))
 
     return loss_of_step

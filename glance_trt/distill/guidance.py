@@ -6,6 +6,8 @@ trained is off while the teacher predicts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,7 @@ def guidance_loss(
     """
     size, device = settings.batch_size, examples.latents.device
 
-    def loss_of_step(generator: torch.Generator) -> Loss:
+    def loss_of_step(generator: torch.Generator) -> Iterator[Loss]:
         chosen = torch.randint(len(knots.timesteps), (size,), generator=generator)
         fraction = torch.rand(size, generator=generator)
         noise = torch.randn(size, *examples.latents.shape[1:], generator=generator).to(device)
@@ -46,6 +48,6 @@ def guidance_loss(
         sample, _, _ = knots.noised(examples.latents[rows], noise, chosen)
         with student.off():
             target = teacher.predict(sample, timesteps, embeds, scale)
-        return Loss(F.mse_loss(student(sample, timesteps, embeds, scale), target), tuple(timesteps.tolist()))
+        yield Loss(F.mse_loss(student(sample, timesteps, embeds, scale), target), tuple(timesteps.tolist()))
 
     return loss_of_step

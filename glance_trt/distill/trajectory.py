@@ -6,7 +6,7 @@ state is the average update of the teacher's own steps in between, and guidance 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,17 +45,15 @@ def trajectory_loss(student: Student, data: Trajectories, jumps: Sequence[Step],
     """
     device = data.entry.device
 
-    def loss_of_step(generator: torch.Generator) -> Loss:
+    def loss_of_step(generator: torch.Generator) -> Iterator[Loss]:
         rows = torch.randint(len(data.entry), (settings.batch_size,), generator=generator).to(device)
         embeds, scales, latents = data.embeds[data.caption[rows]], data.scales[rows], data.entry[rows]
-        total = torch.zeros((), device=device)
         for k, jump in enumerate(jumps):
             if not settings.on_policy:
                 latents = data.states[rows, k]
             ended = advance(latents, jump, student(*inputs_of(latents, jump), embeds, scales))
-            total = total + F.mse_loss(ended, data.states[rows, k + 1]) / len(jumps)
+            yield Loss(F.mse_loss(ended, data.states[rows, k + 1]) / len(jumps), (jump.timestep,))
             latents = ended.detach()
-        return Loss(total, tuple(jump.timestep for jump in jumps))
 
     return loss_of_step
 

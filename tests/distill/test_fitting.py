@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,11 @@ class Regression:
         self.module[1].requires_grad_(False)
         self.steps, self.bad_step, self.bad = 0, bad_step, bad
 
-    def __call__(self, generator: torch.Generator) -> Loss:
+    def __call__(self, generator: torch.Generator) -> Iterator[Loss]:
         self.steps += 1
         noise = torch.randn(8, 4, generator=generator)
         loss = (self.module(noise) - 2 * noise).square().mean()
-        return Loss(loss * self.bad if self.steps == self.bad_step else loss, (float(self.steps),))
+        yield Loss(loss * self.bad if self.steps == self.bad_step else loss, (float(self.steps),))
 
     def fit(self, work: Path, settings: Distill = SETTINGS, every: int = 2, **identity: float) -> nn.Module:
         fitting.fit("x", self.module, self, settings, identity=identity or IDENTITY, work=work, checkpoint_every=every)
@@ -44,7 +45,7 @@ def test_steps_are_those_of_clipped_adamw(tmp_path: Path) -> None:
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in (weight, bias)]
     generator = torch.Generator().manual_seed(fitting.seed_of(0, "x"))
     for step in range(1, 10):  # decoupled weight decay: arXiv 1711.05101, algorithm 2
-        gradients = torch.autograd.grad(reference(generator).value, [weight, bias])
+        gradients = torch.autograd.grad(next(reference(generator)).value, [weight, bias])
         norm = torch.sqrt(sum(g.square().sum() for g in gradients))  # type: ignore[arg-type]
         with torch.no_grad():
             for p, g, (first, second) in zip((weight, bias), gradients, moments, strict=True):
@@ -82,12 +83,29 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
         Regression(1, bad).fit(tmp_path / "new")
 
 
+def test_each_part_of_a_loss_goes_backward_before_the_next_is_computed(tmp_path: Path) -> None:
+    module = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(module.weight)
+    seen: list[list[float]] = []
+
+    def in_parts(generator: torch.Generator) -> Iterator[Loss]:
+        for k in range(2):
+            seen.append([] if module.weight.grad is None else module.weight.grad[0].tolist())
+            yield Loss(module.weight[0, k] * (k + 1) / 4, (float(k),))
+
+    fitting.fit("x", module, in_parts, replace(SETTINGS, steps=1), identity={}, work=tmp_path)
+    assert seen == [[], [0.25, 0.0]]
+    assert module.weight.grad is not None
+    assert module.weight.grad.tolist() == [[0.25, 0.5]]
+    assert (tmp_path / "x.loss.csv").read_text().splitlines()[1] == "1,0 1,0.75"
+
+
 def test_an_infinite_gradient_of_a_finite_loss_stops_too(tmp_path: Path) -> None:
     module = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(module.weight)
 
-    def root(generator: torch.Generator) -> Loss:
-        return Loss(module.weight.abs().sqrt().sum(), (0.0,))  # its slope at zero is not finite
+    def root(generator: torch.Generator) -> Iterator[Loss]:
+        yield Loss(module.weight.abs().sqrt().sum(), (0.0,))  # its slope at zero is not finite
 
     with pytest.raises(TrainingError, match=r"^x: at step 1 \(timestep 0\) the loss is 0 and the norm of its gradient"):
         fitting.fit("x", module, root, SETTINGS, identity={}, work=tmp_path)

@@ -56,7 +56,7 @@ def test_loss_is_the_error_to_the_noise_velocity_or_image_of_diffusers(
     for _ in range(4):
         replay = torch.Generator()
         replay.set_state(generator.get_state())
-        loss, timesteps = loss_of_step(generator)
+        ((loss, timesteps),) = loss_of_step(generator)
         torch.randint(3, (4,), generator=replay), torch.rand(4, generator=replay)
         noise = torch.randn(4, 4, 8, 8, generator=replay)
         latents = examples.latents[torch.randint(3, (4,), generator=replay)]
@@ -79,7 +79,7 @@ def test_noised_latents_are_the_model_input_of_diffusers_euler_scheduler(
     for step in range(1, 8):
         knots = knots_of(SCHEDULERS[name], 7, (step,))
         loss_of_step = ground_truth_loss(recorder, examples, knots, prediction_type="epsilon", settings=settings())
-        _, (timestep,) = loss_of_step(torch.Generator().manual_seed(step))
+        ((_, (timestep,)),) = loss_of_step(torch.Generator().manual_seed(step))
         replay = torch.Generator().manual_seed(step)
         torch.randint(1, (1,), generator=replay), torch.rand(1, generator=replay)
         noise = torch.randn(1, 4, 8, 8, generator=replay)
@@ -106,7 +106,7 @@ def test_captions_are_dropped_at_the_given_rate_and_knots_drawn_uniformly(
     loss_of_step = ground_truth_loss(
         recorder, examples, knots, prediction_type="epsilon", settings=settings(4000, dropout)
     )
-    _, timesteps = loss_of_step(torch.Generator().manual_seed(0))
+    ((_, timesteps),) = loss_of_step(torch.Generator().manual_seed(0))
     embeds = recorder.calls[0][2]
     assert (embeds == 0).all(dim=(1, 2)).float().mean().item() == pytest.approx(share, abs=0.03)
     assert sorted(set(timesteps)) == [821, 861, 901, 941, 981]
@@ -120,7 +120,7 @@ def test_each_image_goes_with_its_own_caption(recorder: Any, examples: Examples)
     loss_of_step = ground_truth_loss(
         recorder, examples, knots, prediction_type="epsilon", settings=settings(batch_size=300)
     )
-    loss_of_step(torch.Generator().manual_seed(0))
+    list(loss_of_step(torch.Generator().manual_seed(0)))
     sample, _, embeds, _ = recorder.calls[0]
     distances = (sample[:, None] - examples.latents[None]).square().mean(dim=(2, 3, 4))
     images = distances.argmin(dim=1)

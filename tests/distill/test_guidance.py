@@ -66,7 +66,7 @@ def test_the_first_loss_is_the_distance_of_the_conditional_from_the_guided_predi
 ) -> None:
     teacher = make_teacher(Guidance(scale=4.0, rescale=rescale))
     student = Student(unet, parts(lora=True), settings(), 0)
-    loss, timesteps = guidance_loss(student, teacher, examples, every, settings=settings())(
+    ((loss, timesteps),) = guidance_loss(student, teacher, examples, every, settings=settings())(
         torch.Generator().manual_seed(3)
     )
     student.remove()
@@ -113,7 +113,8 @@ def test_training_lowers_the_loss_on_fresh_noise(
     def fresh() -> float:
         loss_of_step = guidance_loss(student, teacher, examples, every, settings=settings(batch_size=64))
         with torch.no_grad():
-            return float(loss_of_step(torch.Generator().manual_seed(99)).value)
+            (loss,) = loss_of_step(torch.Generator().manual_seed(99))
+            return float(loss.value)
 
     before = fresh()
     loss_of_step = guidance_loss(student, teacher, examples, every, settings=chosen)
@@ -139,7 +140,7 @@ def test_a_guide_meets_all_scales_of_the_range_and_a_lora_the_teachers(
     recorder.off, recorder.guide = torch.no_grad, object() if has_guide else None
     teacher: Any = Scales()
     wide = settings(batch_size=4000, scales=(2.0, 9.0))
-    guidance_loss(recorder, teacher, examples, every, settings=wide)(torch.Generator().manual_seed(0))
+    list(guidance_loss(recorder, teacher, examples, every, settings=wide)(torch.Generator().manual_seed(0)))
     scales = recorder.calls[0][3]
     assert torch.equal(scales, teacher.asked)
     if has_guide:

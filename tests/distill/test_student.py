@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,10 +55,10 @@ def make_student(unet: UNet2DConditionModel, tmp_path: Path) -> MakeStudent:
 def train(student: Student, work: Path) -> None:
     """A few steps towards zero."""
 
-    def loss_of_step(generator: torch.Generator) -> Loss:
+    def loss_of_step(generator: torch.Generator) -> Iterator[Loss]:
         with student.off():  # as a teacher's step does
             student.unet(*inputs()[:3])
-        return Loss(student(*inputs()).square().mean(), (0.0,))
+        yield Loss(student(*inputs()).square().mean(), (0.0,))
 
     fitting.fit("x", student, loss_of_step, settings(), identity={}, work=work)
 

@@ -49,7 +49,10 @@ def jumps(scheduler_config: Mapping[str, Any]) -> tuple[Step, ...]:
 
 
 def loss_at(student: Any, data: Trajectories, jumps: Any, seed: int = 0, **changes: Any) -> tuple[Tensor, Any]:
-    return trajectory_loss(student, data, jumps, settings=settings(**changes))(torch.Generator().manual_seed(seed))
+    parts = list(
+        trajectory_loss(student, data, jumps, settings=settings(**changes))(torch.Generator().manual_seed(seed))
+    )
+    return torch.stack([part.value for part in parts]).sum(), tuple(time for part in parts for time in part.timesteps)
 
 
 @pytest.mark.parametrize("on_policy", [True, False])
