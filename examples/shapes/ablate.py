@@ -19,6 +19,7 @@ import hashlib
 import json
 import multiprocessing
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -91,9 +92,11 @@ def run(name: str, arm: Arm, model: Path, work: Path, captions: int, seeds: list
     for key in ("prompts", "image"):
         if key in content.get("distill", {}):
             content["distill"][key] = f"../{content['distill'][key]}"
+    file, text = folder / "recipe.yaml", yaml.safe_dump(content)
+    if file.exists() and file.read_text() != text:
+        shutil.rmtree(folder)  # of an arm that was another recipe then
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(text)
     training = {"seconds": {}, "peak_memory_mb": 0.0}
     if "distill" in content:  # in a process of its own, for its peak memory
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
