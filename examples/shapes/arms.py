@@ -97,9 +97,12 @@ def two(slow: list[int], fast: list[int], *, guided: bool = False, scale: float 
 
 
 def searched(count: int) -> tuple[list[int], list[int]]:
-    """The knots that `glance-trt schedule --search` found, from the recipe that it wrote."""
+    """The knots that `glance-trt schedule --search` found, from the recipe that it wrote, half of them to a phase: an
+    expert makes all jumps of its phase in each step of its training, so that two equal ones train longest in an hour.
+    """
     slow, fast = yaml.safe_load((HERE / f"recipes/searched{count}.yaml").read_text())["phases"]
-    return slow["steps"], fast["steps"]
+    knots = [*slow["steps"], *fast["steps"]]
+    return knots[: count // 2], knots[count // 2 :]
 
 
 def whole(steps: list[int], lora: str = "", guide: str = "") -> list[dict[str, Any]]:
@@ -187,11 +190,9 @@ def transfer() -> dict[str, Arm]:
 def trajectory() -> dict[str, Arm]:
     """Experts that land where the guided teacher does."""
     return {
-        "trajectory-10": arm(two(*searched(10)), NONE, **TRAJECTORY),
-        "trajectory-6": arm(
-            two(*searched(6)), NONE, **{**TRAJECTORY, "steps": 700}
-        ),  # fewer jumps, so more time for each
-        "trajectory-4": arm(two(*searched(4)), NONE, **{**TRAJECTORY, "steps": 1000}),
+        "trajectory-10": arm(two(*searched(10)), NONE, **{**TRAJECTORY, "steps": 1200}),
+        "trajectory-6": arm(two(*searched(6)), NONE, **{**TRAJECTORY, "steps": 1200}),
+        "trajectory-4": arm(two(*searched(4)), NONE, **{**TRAJECTORY, "steps": 1500}),
         "trajectory-10-paper": arm(two(SLOW, FAST), NONE, **TRAJECTORY),
         "trajectory-10-scale": arm(two(*searched(10), guided=True), EMBEDDED, **{**TRAJECTORY, "guidance": None}),
         "trajectory-10-off-policy": arm(two(*searched(10)), NONE, **TRAJECTORY, on_policy=False),

@@ -93,10 +93,11 @@ def fit(
     with _open_log(work / f"{name}.loss.csv", start) as log:
         for step in range(start + 1, settings.steps + 1):
             optimizer.zero_grad()
-            loss, timesteps = 0.0, ()
+            loss, timesteps = 0.0, list[float]()
             for part in loss_of_step(generator):
                 part.value.backward()
-                loss, timesteps = loss + part.value.item(), (*timesteps, *part.timesteps)
+                loss += part.value.item()
+                timesteps += part.timesteps
             norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP_NORM).item()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
@@ -160,7 +161,7 @@ def _open_log(path: Path, start: int) -> TextIO:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def _joined(timesteps: tuple[float, ...]) -> str:
+def _joined(timesteps: Iterable[float]) -> str:
     return " ".join(f"{timestep:g}" for timestep in timesteps)
 
 
