@@ -52,11 +52,11 @@ def build(
     over what did not change. Raises `GlanceError`s of every kind; then nothing is left at `output` that was not there.
     """
     plan, folder = recipe.load(recipe_name)
-    wanted = [targets.load(name) for name in engines or plan.engines]
+    wanted = targets.load_all(engines or plan.engines)
     for target in wanted:
         if reason := backends.unavailable(target):
             raise TargetError(f"target {target.name}: {reason}. Buildable here: {_buildable()}")
-    with writing(output):
+    with writing(output), recipe.naming(recipe_name):
         return _Build(plan, folder, wanted, _previous(output), progress).run(output, overwrite)
 
 
@@ -145,13 +145,23 @@ class _Build:
         return {kind: component_tensors(self.model / part) for kind, part in self.family.components.items()}
 
     def _notes(self) -> tuple[str, ...]:
-        return tuple(
-            f"{item.file} gives no alpha; its scale is taken as {item.scale:g}. If it was trained at alpha / rank, set "
-            f"'scale' beside the file in the recipe"
-            for phase in self.plan.phases
-            if (item := self.loras[phase.name]) and phase.lora and phase.lora.scale is None
-            if any(pair.alpha is None for pair in item.pairs.values())
-        )
+        notes = []
+        for phase in self.plan.phases:
+            item = self.loras[phase.name]
+            if not item or not phase.lora:
+                continue
+            if phase.lora.scale is None and any(pair.alpha is None for pair in item.pairs.values()):
+                notes.append(
+                    f"{item.file} gives no alpha; its scale is taken as {item.scale:g}. If it was trained at alpha / "
+                    "rank, set 'scale' beside the file in the recipe"
+                )
+            runs = {step.timestep for step in self.schedules["default"].steps if step.phase == phase.name}
+            if strange := sorted(runs - set(item.timesteps or runs), reverse=True):
+                notes.append(
+                    f"{item.file} was not trained at timesteps {', '.join(f'{timestep:g}' for timestep in strange)} of "
+                    f"phase {phase.name}. Train it for this recipe: glance-trt distill"
+                )
+        return tuple(notes)
 
     def _source_key(self, kind: str) -> str:
         """The key of a component's weights."""

@@ -79,6 +79,8 @@ class Bundle:
         Contents are not read here; `check` does that for the files that are about to be used. Raises `BundleError`.
         """
         directory = Path(directory)
+        if os.path.isfile(directory):
+            raise BundleError(f"{directory}: a file; a bundle is a folder, which glance-trt build makes")
         if not os.path.isdir(directory):
             raise BundleError(
                 f"{directory}: no such folder; a bundle is made with: glance-trt build RECIPE -o {directory}"

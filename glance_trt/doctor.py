@@ -9,6 +9,8 @@ from importlib import metadata
 
 from glance_trt import __version__, recipe
 from glance_trt.engines import backends, targets
+from glance_trt.engines.targets import Target
+from glance_trt.errors import TargetError
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,26 @@ _EXTRAS = {
 
 
 def examine() -> list[Finding]:
-    """Look at Python, the extras, ONNX Runtime, and every shipped target."""
+    """Look at Python, the extras, ONNX Runtime, and what every shipped target needs to be built and run."""
     findings = [Finding("glance-trt", True, f"{__version__}, Python {platform.python_version()}, {platform.machine()}")]
     findings += [_extra(name, modules) for name, modules in _EXTRAS.items()]
     findings.append(_onnxruntime())
     for name in recipe.shipped_files("target"):
-        reason = backends.unavailable(targets.load(name))
-        findings.append(Finding(f"build for {name}", reason is None, reason or "yes"))
+        target = targets.load(name)
+        reason = backends.unavailable(target)
+        findings += [Finding(f"build for {name}", reason is None, reason or "yes"), _running(target)]
     return findings
+
+
+def _running(target: Target) -> Finding:
+    what = f"run {target.name}"
+    if target.backend != "onnxruntime":
+        return Finding(what, False, f"this version builds {target.backend} plans and does not run them")
+    try:
+        needs = backends.requires(target)
+    except TargetError as error:
+        return Finding(what, False, str(error))
+    return Finding(what, True, f"engines built for {', '.join(f'{key} {value}' for key, value in needs.items())}")
 
 
 def _extra(name: str, modules: tuple[str, ...]) -> Finding:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -172,6 +174,16 @@ def load(path: str | Path) -> tuple[Recipe, Path]:
     """
     file = find(str(path), "recipe")
     return read_yaml(Recipe, file), file.parent
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let every `RecipeError` from within begin with the recipe's file, also one that knows only a key of it."""
+    try:
+        yield
+    except RecipeError as error:
+        text = str(error)
+        raise RecipeError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from None
 
 
 def find(name: str, kind: Literal["recipe", "target"]) -> Path:

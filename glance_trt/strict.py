@@ -102,7 +102,9 @@ def _value(kind: Any, value: object, path: str) -> Any:
         raise Mismatch(_say(path, f"expected {' or '.join(_NAMES[option] for option in options)}, got {_kind(value)}"))
     if origin is typing.Literal:
         if value not in arguments:
-            raise Mismatch(_say(path, f"expected one of {', '.join(map(str, arguments))}; got {_kind(value)}"))
+            close = difflib.get_close_matches(str(value), arguments, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise Mismatch(_say(path, f"expected one of {', '.join(arguments)}; got {_kind(value)}{hint}"))
         return value
     if origin is tuple:
         if not isinstance(value, list):

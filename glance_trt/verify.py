@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from glance_trt import recipe
 from glance_trt.bundle import Bundle
-from glance_trt.errors import InputError
 from glance_trt.progress import Progress, silent
+from glance_trt.prompts import read_prompts
 from glance_trt.recipe import Recipe
 from glance_trt.runtime.pipeline import Pipeline
 
@@ -73,19 +73,6 @@ def _prompts(plan: Recipe, folder: Path) -> list[str]:
     if plan.distill and plan.distill.prompts:
         return read_prompts(folder / plan.distill.prompts)
     return [(plan.distill and plan.distill.prompt) or "a photograph"]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one per line; blank lines do not count. Raises `InputError`."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a text file with a prompt per line") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text in UTF-8; expected a text file with a prompt per line") from None
-    if not (prompts := [line.strip() for line in text.splitlines() if line.strip()]):
-        raise InputError(f"{path}: no prompt in it; expected one per line")
-    return prompts
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:

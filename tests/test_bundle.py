@@ -117,7 +117,7 @@ def test_a_folder_that_does_not_exist_is_a_bundle_error(tmp_path: Path, name: st
 
 
 def test_a_file_is_no_bundle(folder: Path) -> None:
-    with pytest.raises(BundleError, match=r"bundle\.json: no such folder"):
+    with pytest.raises(BundleError, match=r"bundle\.json: a file; a bundle is a folder"):
         Bundle.open(folder / "bundle.json")
 
 

@@ -50,6 +50,9 @@ def test_everything_that_this_test_environment_has_is_found(monkeypatch: pytest.
     assert found["ONNX Runtime"].detail.startswith(f"onnxruntime {metadata.version('onnxruntime')}: ")
     assert "CPUExecutionProvider" in found["ONNX Runtime"].detail
     assert found["build for cpu"] == Finding("build for cpu", True, "yes")
+    assert found["run cpu"].ok
+    assert found["run cpu"].detail.startswith(f"engines built for onnxruntime {metadata.version('onnxruntime')}, cpu ")
+    assert not found["run rtx"].ok
 
 
 def test_every_shipped_target_is_examined() -> None:
@@ -70,6 +73,7 @@ def test_target_that_cannot_be_built_has_a_reason_and_a_remedy(monkeypatch: pyte
         assert not found.ok
         assert text in found.detail
         assert f"glance-trt[{target}]" in found.detail
+    assert finding("run cpu").detail.startswith("ONNX Runtime is not installed")
 
 
 def test_lean_installation_is_told_which_extras_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

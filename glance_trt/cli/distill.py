@@ -45,7 +45,13 @@ def command(
     plan, folder = recipes.load(recipe)  # before PyTorch, which takes seconds to load
     from glance_trt.distill.experts import train
 
-    with bars() as progress:
+    stages = set()
+    with bars() as shown, recipes.naming(recipe):
+
+        def progress(stage: str, done: float, total: float) -> None:
+            stages.add(stage.partition(" ")[0])
+            shown(stage, done, total)
+
         files = train(
             plan,
             folder,
@@ -56,5 +62,7 @@ def command(
             device=device,
             progress=progress,
         )
+    if "train" not in stages:
+        click.echo("trained already, by this recipe; --overwrite trains again", err=True)
     for file in files:
         click.echo(os.fsencode(file))

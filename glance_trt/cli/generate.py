@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from glance_trt.runtime.pipeline import StepResult
+
+_IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @click.command("generate")
@@ -72,12 +75,16 @@ def command(
     if count < 1:
         raise InputError(f"--count: expected at least 1, got {count}")
     files = _file_names(output, prompts, count, seed)
-    _prepare(files, sheet, overwrite)
-    click.echo(f"seed {seed}", err=True)
+    _check(files, sheet, overwrite)
     made: list[Image] = []
-    with Pipeline.open(bundle, target, threads=threads) as pipeline, bars() as progress:
+    with (
+        Pipeline.open(bundle, target, threads=threads) as pipeline,
+        _folders({file.parent for file in (*files, *([sheet] if sheet else []))}),
+        bars() as progress,
+    ):
         manifest = pipeline.bundle.manifest
         settings = pipeline.settings(negative_prompt=negative_prompt, guidance_scale=guidance, schedule=schedule)
+        click.echo(f"seed {seed}", err=True)
         done, total = 0, len(files) * settings.steps
 
         def on_step(result: StepResult) -> None:
@@ -119,11 +126,13 @@ def command(
                     echo(json.dumps(record) if as_json else os.fsencode(file))
                 if sheet:
                     made += images
-    if sheet:
-        _save_sheet(contact_sheet(made, columns=max(count, 3)), sheet)
+        if sheet:
+            _save_sheet(contact_sheet(made, columns=max(count, 3)), sheet)
 
 
 def _file_names(output: Path, prompts: Sequence[str], count: int, seed: int) -> list[Path]:
+    if output.suffix.lower() in _IMAGES - {".png"} and not output.is_dir():
+        raise InputError(f"-o {output}: images are PNG files; give a name that ends in .png, or a folder")
     if output.suffix.lower() == ".png":
         if len(prompts) * count != 1:
             raise InputError(f"-o {output}: one file for {len(prompts) * count} images; give a folder")
@@ -136,9 +145,9 @@ def _file_names(output: Path, prompts: Sequence[str], count: int, seed: int) -> 
     return names
 
 
-def _prepare(files: Sequence[Path], sheet: Path | None, overwrite: bool) -> None:
-    """Make the folders, and refuse now what would fail when the images are there."""
-    if sheet and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+def _check(files: Sequence[Path], sheet: Path | None, overwrite: bool) -> None:
+    """Refuse now what would fail when the images are there."""
+    if sheet and sheet.suffix.lower() not in _IMAGES:
         raise InputError(f"--sheet {sheet}: expected a name that ends in .png, .jpg or .webp")
     if sheet in files:
         raise InputError(f"--sheet {sheet}: an image goes there already; give another name")
@@ -146,11 +155,24 @@ def _prepare(files: Sequence[Path], sheet: Path | None, overwrite: bool) -> None
     for file, option in outputs.items():
         if os.path.lexists(file) and not overwrite:
             raise OutputError(f"{file} exists; give --overwrite or another {option}")
-    for folder in {file.parent for file in outputs}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{folder}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _folders(folders: Iterable[Path]) -> Iterator[None]:
+    """Make the folders that are not there; where nothing comes of them, they are removed again."""
+    made: list[Path] = []
+    try:
+        for folder in folders:
+            made += [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"{folder}: {error.strerror}") from None
+        yield
+    finally:
+        for folder in sorted(made, key=lambda path: len(path.parts), reverse=True):
+            with contextlib.suppress(OSError):  # it is not there, or has files in it
+                folder.rmdir()
 
 
 def _save_sheet(image: Image, sheet: Path) -> None:

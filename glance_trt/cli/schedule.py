@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from glance_trt.cli.bars import bars
-from glance_trt.errors import OutputError, RecipeError
+from glance_trt.errors import InputError, OutputError, RecipeError
 from glance_trt.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -57,20 +58,28 @@ def command(
             raise click.UsageError("--output and --plot need --search")
         if file.exists() and not overwrite:
             raise OutputError(f"{file}: exists; give another, or --overwrite")
+    if plot and plot.suffix.lower() not in (".png", ".svg"):
+        raise InputError(f"--plot {plot}: expected a name that ends in .png or .svg")
     if not searching:
-        _show(plan, folder)
+        with recipes.naming(recipe):
+            _show(plan, folder)
         return
     if output and len(plan.phases) > 2:
         raise RecipeError(f"{recipe}: has {len(plan.phases)} phases; searched knots are for one or two")
-    from glance_trt.distill import data, search
+    if output and knots < len(plan.phases):
+        raise InputError(f"--knots {knots}: {recipe} has {len(plan.phases)} phases, and each needs one")
+    from glance_trt.distill import data, files, search
+    from glance_trt.prompts import read_prompts
 
+    captions: Sequence[str]
     if prompts:
-        captions = data.read_captions(prompts)
+        captions = read_prompts(prompts)
     elif plan.distill:
-        captions = data.read(plan.distill, plan, folder).captions
+        with recipes.naming(recipe):
+            captions = data.read(plan.distill, plan, folder).captions
     else:
         raise RecipeError(f"{recipe}: has no prompts under distill; give --prompts")
-    with bars() as progress:
+    with bars() as progress, recipes.naming(recipe):
         found = search.search(
             plan,
             folder,
@@ -89,18 +98,24 @@ def command(
     click.echo("\nknots     cost")
     for row in found.best[:-1]:
         click.echo(f"{len(row.steps):5} {row.cost:8.4f}")
+    if output:
+        files.write_bytes(output, written(plan, folder, best, output.parent).encode())
+        if any(phase.lora or phase.guide for phase in plan.phases):
+            click.echo(f"train its experts for these knots: glance-trt distill {output}", err=True)
     if plot:
         search.plot(found, knots, plot)
-    if output:
-        output.write_text(written(plan, folder, best, output.parent), encoding="utf-8")
 
 
 def _show(plan: Recipe, folder: Path) -> None:
     from glance_trt import build
     from glance_trt.cli.inspect import table
+    from glance_trt.engines import targets
     from glance_trt.export.families import open_model
 
-    for line in table("default", build.table(open_model(folder / plan.model, plan).scheduler_config(), plan)):
+    family = open_model(folder / plan.model, plan)
+    family.image()
+    targets.load_all(plan.engines)
+    for line in table("default", build.table(family.scheduler_config(), plan)):
         click.echo(line)
 
 

@@ -37,7 +37,7 @@ def command(bundle: Path, against: str | None, prompts_file: Path | None, images
         raise click.UsageError("--prompts and --images say what to compare; add --against RECIPE")
     prompts: list[str] = []
     if prompts_file:
-        from glance_trt.verify import read_prompts
+        from glance_trt.prompts import read_prompts
 
         prompts = read_prompts(prompts_file)
     opened = Bundle.open(bundle)

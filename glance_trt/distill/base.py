@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from glance_trt.errors import ModelError
+from glance_trt.errors import InputError, ModelError
 from glance_trt.export.quiet import quiet
 
 PIPELINE = "StableDiffusionPipeline"
@@ -29,10 +29,16 @@ class Base:
     vae: AutoencoderKL
 
     def to(self, device: str | None) -> torch.device:
-        """Move the components to PyTorch's `device`, or to CUDA where none is named and there is one; returns it."""
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        for module in (self.text_encoder, self.unet, self.vae):
-            module.to(place)
+        """Move the components to PyTorch's `device`, or to CUDA where none is named and there is one; returns it.
+
+        Raises `InputError` for a device that PyTorch does not know or cannot use.
+        """
+        try:
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            for module in (self.text_encoder, self.unet, self.vae):
+                module.to(place)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
+            raise InputError(f"device {device!r}: {next(iter(str(error).splitlines()), error)}") from None
         return place
 
     def digest(self) -> str:

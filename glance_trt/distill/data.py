@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from glance_trt.distill.base import Base, device_of
-from glance_trt.errors import RecipeError
+from glance_trt.errors import InputError, RecipeError
+from glance_trt.prompts import read_prompts
 from glance_trt.recipe import Distill, Recipe
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -108,10 +109,10 @@ def encode_captions(base: Base, captions: tuple[str, ...]) -> Tensor:
 
 def read_captions(file: Path) -> tuple[str, ...]:
     """The lines of a file, without the blank ones. Raises `RecipeError` if there are none, or it cannot be read."""
-    lines = tuple(line.strip() for line in _text(file, "distill.prompts").splitlines() if line.strip())
-    if not lines:
-        raise RecipeError(f"distill.prompts: {file}: empty; expected a caption per line")
-    return lines
+    try:
+        return tuple(read_prompts(file))
+    except InputError as error:
+        raise RecipeError(f"distill.prompts: {error}") from None
 
 
 def _pairs(folder: Path, recipe: Recipe) -> Given:

@@ -259,11 +259,11 @@ def _preview(base: Base, latents: Tensor, file: Path) -> None:
 
 def _identity(run: _Run, material: _Material, before: list[_Run], settings: Distill) -> dict[str, Any]:
     """What a run's result depends on, but for the number of its own steps."""
+    knots = {"timesteps": run.knots.timesteps.tolist(), "alphas_cumprod": run.knots.alphas_cumprod.tolist()}
     return {
         "phase": run.phase.name,
         **material.identity,
-        "timesteps": run.knots.timesteps.tolist(),
-        "alphas_cumprod": run.knots.alphas_cumprod.tolist(),
+        **(knots if settings.method != "guidance" else {}),  # which is learned at all timesteps
         "after": [[run.phase.name, run.knots.timesteps.tolist(), settings.steps] for run in before],
     }
 

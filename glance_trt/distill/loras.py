@@ -19,10 +19,8 @@ from torch import nn
 
 from glance_trt.distill import files
 from glance_trt.errors import RecipeError
+from glance_trt.export.lora import PROVENANCE
 from glance_trt.recipe import Distill
-
-PROVENANCE = "glance_trt"
-"""Key of the file's metadata under which its provenance is kept, as JSON."""
 
 
 def add(unet: UNet2DConditionModel, settings: Distill, seed: int) -> None:

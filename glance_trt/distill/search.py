@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from glance_trt.distill import teacher
+from glance_trt.distill import files, teacher
 from glance_trt.distill.base import load_base
 from glance_trt.distill.data import encode_captions
 from glance_trt.errors import RecipeError
@@ -162,7 +162,10 @@ def _outputs(states: Floats, table: Floats, start: NDArray[Any], end: NDArray[An
 
 
 def plot(found: Search, count: int, file: Path) -> None:
-    """The cost against the number of knots, and the chosen knots beside the paper's and the uniform ones."""
+    """The cost against the number of knots, and the chosen knots beside the paper's and the uniform ones.
+
+    Into a .png or .svg file. Raises `OutputError`.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -181,4 +184,4 @@ def plot(found: Search, count: int, file: Path) -> None:
     right.set(xlabel="step of the teacher", yticks=range(len(rows)), yticklabels=list(rows), ylim=(-0.5, len(rows)))
     left.legend()
     right.legend(ncols=2)
-    figure.savefig(file, dpi=120)
+    files.write(file, lambda draft: figure.savefig(draft, format=file.suffix[1:].lower(), dpi=120))

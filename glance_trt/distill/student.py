@@ -18,6 +18,7 @@ from glance_trt import strict
 from glance_trt.distill import files, loras
 from glance_trt.export import guide as guides
 from glance_trt.export.guide import Guide
+from glance_trt.export.lora import PROVENANCE
 from glance_trt.recipe import Distill
 
 
@@ -79,7 +80,7 @@ class Student(nn.Module):
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.guide.state_dict().items()}
             metadata = {
                 guides.METADATA: json.dumps(strict.write(self.guide.config)),
-                loras.PROVENANCE: json.dumps(provenance),
+                PROVENANCE: json.dumps(provenance),
             }
             content = loras.with_metadata(save(tensors, {"format": "pt"}), metadata)
             files.write_bytes(parts.guide, content)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from glance_trt import recipe, strict
+from glance_trt.errors import RecipeError
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 
@@ -30,6 +32,17 @@ class Target:
             raise strict.Mismatch(
                 'compute_capabilities: missing; a TensorRT-RTX plan needs at least one, such as "8.9"'
             )
+
+
+def load_all(names: Sequence[str]) -> list[Target]:
+    """Read several; one that is asked for twice counts once. Raises `RecipeError` where two have one name."""
+    found: dict[str, Target] = {}
+    for name in dict.fromkeys(names):
+        target = load(name)
+        if target.name in found:
+            raise RecipeError(f"{name}: a second target of the name {target.name!r}; engines in a bundle go by it")
+        found[target.name] = target
+    return list(found.values())
 
 
 def load(name: str) -> Target:

@@ -18,6 +18,8 @@ _DOWN = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight"
 _UP = re.compile(r"(.+?)[._](?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight")
 _ALPHA = re.compile(r"(.+?)\.(?:lora_)?alpha")
 _PREFIXES = ("base_model.model.", "unet.", "transformer.", "lora_unet_")
+PROVENANCE = "glance_trt"
+"""Key of a file's metadata under which `glance-trt distill` says, as JSON, how it was made."""
 _REFUSED = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -45,12 +47,14 @@ class Lora:
     """A LoRA file, its factors by the name of the weight they change.
 
     `alpha` is nothing where the file does not give one for all weights alike. `scale` is that of the first weight.
+    `timesteps` are those that it was trained at, where the file says that it was trained at some only.
     """
 
     file: Path
     pairs: dict[str, Pair]
     alpha: float | None
     scale: float
+    timesteps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,14 @@ def read(path: Path, weights: Mapping[str, TensorRef], scale: float | None = Non
         pairs[f"{module}.weight"] = Pair(down, up, chosen, alpha)
     given = {pair.alpha for pair in pairs.values()}
     first = next(iter(pairs.values()))
-    return Lora(path, pairs, first.alpha if len(given) == 1 else None, first.scale)
+    return Lora(path, pairs, first.alpha if len(given) == 1 else None, first.scale, _timesteps(metadata))
+
+
+def _timesteps(metadata: Mapping[str, str]) -> tuple[float, ...]:
+    try:
+        return tuple(float(timestep) for timestep in json.loads(metadata[PROVENANCE])["timesteps"])
+    except (KeyError, ValueError, TypeError):  # a file of another tool, or damaged in what only informs
+        return ()
 
 
 def fused(base: TensorRef, pair: Pair) -> Fused:

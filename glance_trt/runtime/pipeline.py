@@ -103,10 +103,14 @@ class Pipeline:
         if target is None:
             target = next((name for name, item in engines.items() if item.backend == "onnxruntime"), None)
             if target is None:
-                raise TargetError(f"{bundle.directory}: no engine that runs here; build one with --engine cpu")
+                have = ", ".join(engines) or "none"
+                raise TargetError(
+                    f"{bundle.directory}: this version runs ONNX Runtime engines only, and the bundle has {have}; "
+                    "build it with the engine cpu too"
+                )
         if target not in engines:
             have = ", ".join(engines) or "none"
-            raise TargetError(f"target {target!r}: this bundle has engines for {have}; build it with --engine {target}")
+            raise TargetError(f"target {target!r}: this bundle has engines for {have}")
         bundle.check(bundle.manifest.engine_files(target))
         return cls(bundle, target, open_runner(bundle, target, threads=threads))
 
@@ -127,8 +131,9 @@ class Pipeline:
         What is not given is taken from the bundle. A prompt that is too long is cut, with a `PromptTruncated` warning.
         Raises `InputError`.
         """
-        if count < 1 or batch_size < 1:
-            raise InputError(f"count and batch_size: expected at least 1, got {count} and {batch_size}")
+        for name, number in (("count", count), ("batch_size", batch_size)):
+            if not isinstance(number, (int, np.integer)) or number < 1:
+                raise InputError(f"{name}: expected a whole number, at least 1, got {number!r}")
         settings = self.settings(negative_prompt=negative_prompt, guidance_scale=guidance_scale, schedule=schedule)
         latents = self._noise(settings, seed, count)
         conditions = self._conditions(prompt, settings)
@@ -183,7 +188,7 @@ class Pipeline:
         if "negative" in kinds:
             negative = manifest.guidance.negative_prompt if negative_prompt is None else negative_prompt
         elif negative_prompt is not None:
-            raise InputError("negative prompt: this bundle was built without one; leave it out")
+            raise InputError("negative prompt: this bundle takes none, it evaluates no second prompt; leave it out")
         return Settings(name, len(manifest.schedules[name].steps), float(scale), negative)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -30,7 +30,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def train(plan: Any, folder: Path, *, progress: Any, **options: Any) -> list[Path]:
         calls.append((plan.name, folder, options))
-        progress("train only", 0, 60)
+        if plan.name == "small":
+            progress("train only", 0, 60)
         if options["device"] == "cuda":
             raise TrainingError("step 3: the loss is not a number")
         return [Path("slow.safetensors"), Path("fast.safetensors")]
@@ -47,12 +48,30 @@ def test_arguments_reach_the_library_and_files_are_printed(run: Run, trained: li
     Path("recipes/small.yaml").write_text(RECIPE)
     shown = run("distill", "recipes/small.yaml")
     assert (shown.code, shown.out, shown.err) == (0, "slow.safetensors\nfast.safetensors\n", "")
-    run("distill", "recipes/small.yaml", "-o", "loras", "--work", "work", "--device", "cpu", "--overwrite")
+    given = ["-o", "loras", "--work", "work", "--samples", "taken"]
+    run("distill", "recipes/small.yaml", *given, "--device", "cpu", "--overwrite")
     beside = Path("recipes/.distill/small")
     assert trained == [
-        ("small", Path("recipes"), {"work": beside, "out": None, "overwrite": False, "device": None}),
-        ("small", Path("recipes"), {"work": Path("work"), "out": Path("loras"), "overwrite": True, "device": "cpu"}),
+        ("small", Path("recipes"), {"work": beside, "samples": None, "out": None, "overwrite": False, "device": None}),
+        (
+            "small",
+            Path("recipes"),
+            {
+                "work": Path("work"),
+                "samples": Path("taken"),
+                "out": Path("loras"),
+                "overwrite": True,
+                "device": "cpu",
+            },
+        ),
     ]
+
+
+def test_what_was_trained_already_is_said(run: Run, trained: list[Any]) -> None:
+    Path("done.yaml").write_text(RECIPE.replace("name: small", "name: done"))
+    shown = run("distill", "done.yaml")
+    assert (shown.code, shown.out) == (0, "slow.safetensors\nfast.safetensors\n")
+    assert shown.err == "trained already, by this recipe; --overwrite trains again\n"
 
 
 def test_error_of_the_training_is_an_exit_code(run: Run, trained: list[Any]) -> None:

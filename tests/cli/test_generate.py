@@ -171,7 +171,9 @@ def test_bytes_that_are_no_text_are_refused(tiny_bundle: Path, tmp_path: Path, o
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
-        (["--target", "rtx"], 7, "target 'rtx': this bundle has engines for cpu; build it with --engine rtx"),
+        (["--target", "rtx"], 7, "target 'rtx': this bundle has engines for cpu"),
+        (["-o", "below/x.jpg"], 8, "-o below/x.jpg: images are PNG files; give a name that ends in .png, or a folder"),
+        (["-o", "new/folder", "--schedule", "slow"], 8, "schedule 'slow': this bundle has default, short"),
         (["--schedule", "slow"], 8, "schedule 'slow': this bundle has default, short"),
         (["--count", "0"], 8, "--count: expected at least 1, got 0"),
         (["-n", "-2"], 8, "--count: expected at least 1, got -2"),
@@ -193,10 +195,13 @@ def test_bad_setting_is_refused(run: Run, tiny_bundle: Path, options: list[str],
 
 def test_guidance_for_a_bundle_without_it_is_refused(run: Run, tmp_path: Path) -> None:
     bundle = tiny.make_bundle(tmp_path / "bundle", guidance="none")
-    for option, name in (("--guidance", "guidance scale"), ("--negative-prompt", "negative prompt")):
+    for option, text in (
+        ("--guidance", "guidance scale: this bundle was built without guidance"),
+        ("--negative-prompt", "negative prompt: this bundle takes none"),
+    ):
         shown = run("generate", bundle, PROMPT, option, "2")
         assert shown.code == 8
-        assert f"error: {name}: this bundle was built without" in shown.err
+        assert f"error: {text}" in shown.err
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------

@@ -75,7 +75,10 @@ def test_searched_knots_are_printed_and_written_into_a_recipe_that_loads(run: Ru
         (["-o", "x.yaml"], 2, "--output and --plot need --search"),
         (["--search", "-o", "home/tiny.yaml"], 9, "home/tiny.yaml: exists; give another, or --overwrite"),
         (["--search", "-k", "11"], 3, "knots: 11 of 10 teacher steps"),
-        (["--search", "--prompts", "none.txt"], 3, "distill.prompts: none.txt: no such file"),
+        (["--search", "-k", "1", "-o", "x.yaml"], 8, "--knots 1: home/tiny.yaml has 2 phases, and each needs one"),
+        (["--search", "--plot", "x.txt"], 8, "--plot x.txt: expected a name that ends in .png or .svg"),
+        (["--search", "--device", "none"], 8, "device 'none': "),
+        (["--search", "--prompts", "none.txt"], 8, "none.txt: No such file or directory; expected a text file"),
     ],
 )
 def test_bad_options_are_refused(run: Run, home: Path, arguments: list[str], code: int, message: str) -> None:

@@ -157,10 +157,10 @@ def _large_image(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "changes", "message"),
     [
-        (_no_prompts, PROMPTS, r"distill\.prompts: .*prompts\.txt: no such file; paths are relative to the recipe's"),
-        (_blank_prompts, PROMPTS, r"distill\.prompts: .*prompts\.txt: empty; expected a caption per line"),
-        (_latin_prompts, PROMPTS, r"distill\.prompts: .*prompts\.txt: not readable: 'utf-8' codec can't decode"),
-        (_prompts_folder, PROMPTS, r"distill\.prompts: .*prompts\.txt: not readable: .*directory"),
+        (_no_prompts, PROMPTS, r"distill\.prompts: .*prompts\.txt: No such file or directory; expected a text file"),
+        (_blank_prompts, PROMPTS, r"distill\.prompts: .*prompts\.txt: no prompt in it; expected one per line"),
+        (_latin_prompts, PROMPTS, r"distill\.prompts: .*prompts\.txt: not a text in UTF-8"),
+        (_prompts_folder, PROMPTS, r"distill\.prompts: .*prompts\.txt: Is a directory"),
         (_no_prompts, IMAGES, r"distill\.images: .*images: no such folder; it is relative to the recipe's"),
         (_no_images, IMAGES, r"distill\.images: .*images: has no image \(\.png, \.jpg, \.jpeg, \.webp\)"),
         (_no_caption, IMAGES, r"distill\.images: .*a\.txt: no such file; paths are relative"),

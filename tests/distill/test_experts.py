@@ -468,7 +468,7 @@ def test_an_existing_lora_is_never_overwritten_unasked(home: Path, make_recipe: 
             {"method": "guidance"},
             r"^guidance\.mode: cfg would guide twice what distill\.method guidance teaches the LoRA of phase slow; set",
         ),
-        ({"prompt": None, "prompts": "x.txt"}, r"^distill\.prompts: .*x\.txt: no such file"),
+        ({"prompt": None, "prompts": "x.txt"}, r"^distill\.prompts: .*x\.txt: No such file"),
     ],
 )
 def test_recipes_that_cannot_be_trained_are_refused(

@@ -52,6 +52,8 @@ def open_model(model: Path, recipe: Recipe) -> Family:
     from glance_trt.export.families.stable_diffusion import StableDiffusion
 
     supported = {"StableDiffusionPipeline": StableDiffusion}
+    if not model.is_dir():
+        raise ModelError(f"{model}: no such folder; a model is a folder in diffusers' layout, nothing is downloaded")
     found = read_json(
         model / "model_index.json", f"{model}: not a diffusers pipeline folder, it has no model_index.json"
     )

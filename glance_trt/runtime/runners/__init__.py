@@ -32,5 +32,5 @@ def open_runner(bundle: Bundle, target: str, *, threads: int | None = None) -> R
         return OnnxRuntimeRunner(bundle.directory, files, threads=threads)
     raise TargetError(
         f"target {target!r}: its {engines.backend} engines can be built and opened with {engines.backend}'s own tools, "
-        "but this version runs only ONNX Runtime engines; use --target cpu"
+        "but this version runs ONNX Runtime engines only"
     )

@@ -30,6 +30,7 @@ _DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+_AGAIN = "build it again where it is to run: glance-trt build RECIPE -o BUNDLE"
 _MULTIPLE = re.compile(r"(\d+)\*(\w+)")
 
 
@@ -87,7 +88,7 @@ class OnnxRuntimeRunner:
     def _session(self, graph: str) -> Any:
         with self._opening:
             if self._closed:
-                raise TargetError(f"{graph}: this runner is closed; open the bundle again")
+                raise TargetError(f"{graph}: the pipeline is closed; open the bundle again")
             if graph not in self._engines:
                 raise TargetError(f"{graph}: no such engine; this target has {', '.join(self._engines) or 'none'}")
             if graph not in self._sessions:
@@ -113,7 +114,7 @@ class OnnxRuntimeRunner:
     def _open(self, file: str) -> Any:
         ort, path = _onnxruntime(), self._directory / file
         if not path.is_file():
-            raise BundleError(f"{file}: missing in {self._directory}; build it again with --engine")
+            raise BundleError(f"{file}: missing in {self._directory}; {_AGAIN}")
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only; ONNX Runtime writes its log to stderr
         options.intra_op_num_threads = self._threads or 0
@@ -132,12 +133,13 @@ class OnnxRuntimeRunner:
         except Exception as error:  # as above
             raise BundleError(
                 f"{file}: ONNX Runtime {ort.__version__} cannot load it: {_first(error)}. It is damaged, or was built "
-                "for another version: check it with `glance-trt verify`, or build it again with --engine"
+                f"for another version: check it with glance-trt verify, or {_AGAIN}"
             ) from None
         built_for = session.get_modelmeta().custom_metadata_map
         for key, here in self._requirements.items():
             if (there := built_for.get(key, "unknown")) != here:
-                raise TargetError(f"{file}: built for {key} {there}, but this is {here}; build it again with --engine")
+                pin = f"pip install {key}=={there}, or " if key == "onnxruntime" else ""
+                raise TargetError(f"{file}: built for {key} {there}, but this is {here}; {pin}{_AGAIN}")
         return session
 
 
