@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -265,3 +266,13 @@ def test_a_file_comes_before_a_shipped_recipe_of_that_name(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     Path("shapes").write_text(GOOD)
     assert recipe.load("shapes")[0].name == "tiny"
+
+
+@pytest.mark.parametrize("schema", [recipe.Recipe, recipe.Phase, recipe.Guidance, recipe.Distill, targets.Target])
+def test_every_key_is_documented_with_its_default(schema: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(schema):
+        assert f"`{field.name}`" in page
+        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            (row,) = (line for line in page.splitlines() if line.startswith("| ") and f"`{field.name}`" in line)
+            assert any(float(number) == field.default for number in re.findall(r"[\d.]+(?:e-?\d+)?", row)), row

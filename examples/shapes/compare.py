@@ -1,21 +1,27 @@
 """Draws the README's picture: teacher at 50 steps, Glance at 10, and the base at the same 10; same prompts and seeds.
 
-python examples/shapes/compare.py            # writes docs/shapes.png
+    python examples/shapes/compare.py            # writes docs/shapes.png
+
+Captions stand above; an image whose caption does not hold, as `score.py` reads it, has a red frame.
 """
 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
+import numpy as np
 from data import held_out_scenes
 from evaluate import ARMS, bundle_of
 from PIL import Image, ImageDraw, ImageFont
+from score import score
 
 from glance_trt import Pipeline
 
 HERE = Path(__file__).parent
-_ZOOM, _MARGIN, _TEXT = 2, 8, 20  # pixels; images are shown at twice their size
+_ZOOM, _MARGIN, _TEXT, _FRAME = 2, 10, 20, 4  # pixels; images are shown at twice their size
+_CAPTION, _WIDTH = 66, 22  # pixels, and letters in a line
 
 
 def main() -> None:
@@ -24,25 +30,28 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE.parent.parent / "docs/shapes.png")
     arguments = parser.parse_args()
     arguments.bundles.mkdir(parents=True, exist_ok=True)
-    captions = [scene.caption for scene in held_out_scenes(7)]  # the first seven: not chosen
+    scenes = held_out_scenes(7)  # the first seven: not chosen
     rows = {}
     for label, recipe in ARMS.items():
         with Pipeline.open(bundle_of(recipe, arguments.bundles), "cpu") as pipeline:
-            rows[label] = [pipeline.generate(caption, seed=i)[0] for i, caption in enumerate(captions)]
+            rows[label] = [pipeline.generate(scene.caption, seed=i)[0] for i, scene in enumerate(scenes)]
     side = _ZOOM * next(iter(rows.values()))[0].width
-    height = (side + _TEXT + _MARGIN) * len(rows) + _MARGIN
-    picture = Image.new("RGB", ((side + _MARGIN) * len(captions) + _MARGIN, height), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
+    height = _MARGIN + _CAPTION + (side + _TEXT + _MARGIN) * len(rows)
+    picture = Image.new("RGB", ((side + _MARGIN) * len(scenes) + _MARGIN, height), "white")
+    pen, font, small = ImageDraw.Draw(picture), ImageFont.load_default(size=14), ImageFont.load_default(size=12)
+    for j, scene in enumerate(scenes):
+        text = "\n".join(textwrap.wrap(scene.caption, _WIDTH))
+        pen.multiline_text((_MARGIN + j * (side + _MARGIN), _MARGIN), text, fill="black", font=small, spacing=2)
     for i, (label, images) in enumerate(rows.items()):
-        top = _MARGIN + i * (side + _TEXT + _MARGIN)
+        top = _MARGIN + _CAPTION + i * (side + _TEXT + _MARGIN)
         pen.text((_MARGIN, top), label, fill="black", font=font)
-        for j, image in enumerate(images):
-            picture.paste(
-                image.resize((side, side), Image.Resampling.NEAREST), (_MARGIN + j * (side + _MARGIN), top + _TEXT)
-            )
+        for j, (scene, image) in enumerate(zip(scenes, images, strict=True)):
+            left, upper = _MARGIN + j * (side + _MARGIN), top + _TEXT
+            if not score(np.asarray(image), scene)["all"]:
+                corners = (left - _FRAME, upper - _FRAME, left + side + _FRAME - 1, upper + side + _FRAME - 1)
+                pen.rectangle(corners, fill="red")
+            picture.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, upper))
     picture.save(arguments.output)
-    for caption in captions:
-        print(caption)
 
 
 if __name__ == "__main__":

@@ -40,5 +40,5 @@ def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool
     for stage, seconds in report.seconds.items():
         click.echo(f"{stage:<20} {seconds:7.1f} s", err=True)
     for item in report.parity:
-        click.echo(f"parity {item.graph:<16} {item.error:.1e} (at most {item.tolerance:g})", err=True)
+        click.echo(f"parity {item.graph:<16} {item}", err=True)
     click.echo(os.fsencode(output))

@@ -33,7 +33,7 @@ def describe(manifest: Manifest) -> list[str]:
     image, source = manifest.image, manifest.provenance
     lines = [
         f"{manifest.name}  ({manifest.family}, format {manifest.format})",
-        f"  base model   {source.model}",
+        f"  model folder {source.model}",
     ]
     for lora in source.loras:
         alpha = "no alpha in the file" if lora.alpha is None else f"alpha {lora.alpha:g}"

@@ -44,6 +44,11 @@ class Parity:
     error: float
     tolerance: float
 
+    def __str__(self) -> str:
+        if self.graph == "decoder":
+            return f"{self.error:g} of 255, at most {self.tolerance:g}"
+        return f"{self.error:.1e} of the largest value, at most {self.tolerance:g}"
+
 
 class Reference:
     """The PyTorch modules of a model, in float32, loaded one at a time."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,11 @@ import pytest
 from glance_trt import build
 from glance_trt.bundle import Bundle
 from glance_trt.errors import OutputError
+from glance_trt.export.parity import Parity
 
 from .conftest import Run
 
 MAIN = "from glance_trt.cli.main import main\nmain()"
-
-
-@dataclass(frozen=True)
-class Parity:
-    graph: str
-    error: float
-    tolerance: float
 
 
 def report(bundle: Path, **changes: Any) -> build.Report:
@@ -53,7 +46,7 @@ def test_arguments_reach_the_library_and_the_bundle_is_printed(
         "note: slow.safetensors names no alpha",
         "fuse and export 1.2 s",
         "engine cpu 62.0 s",
-        "parity denoiser.slow 1.5e-06 (at most 0.0001)",
+        "parity denoiser.slow 1.5e-06 of the largest value, at most 0.0001",
     ]
     run("build", "shapes", "-o", "y.bundle")
     assert calls == [("r.yaml", Path("x.bundle"), ("cpu", "rtx"), True), ("shapes", Path("y.bundle"), (), False)]
