@@ -23,12 +23,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glance_trt.bench import memory
 from glance_trt.duel import run_process
 from glance_trt.engines import targets
 from glance_trt.recipe import Lora, Phase, Recipe
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 CHANNELS = (320, 640, 1280, 1280)
 RANK = 32
@@ -56,23 +59,31 @@ class Figure:
     limit: float | None = None
 
 
+def unet_of(channels: tuple[int, ...]) -> UNet2DConditionModel:
+    """A UNet of Stable Diffusion 1.5's architecture, with random weights."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=channels,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )
+
+
 # --- the stages, each in a process of its own -----------------------------------------------------------------------
 
 
 def make(work: Path, channels: tuple[int, ...]) -> dict[str, Any]:
     """The model's folder and the LoRAs, tensor by tensor. Only the UNet has weights: nothing else is built here."""
     import torch
-    from diffusers import UNet2DConditionModel
 
     from glance_trt.export import weights
 
-    down = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=64, block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8,
-            down_block_types=down, up_block_types=up,
-        )  # fmt: skip
+        unet = unet_of(channels)
     model = work / RECIPE.model
     unet.save_config(model / "unet")
     configs = {

@@ -23,15 +23,14 @@ import time
 from pathlib import Path
 from statistics import median
 
-from glance_trt.duel import run_process
+from build_sd15 import CHANNELS, unet_of
 
-CHANNELS = (320, 640, 1280, 1280)
+from glance_trt.duel import run_process
 
 
 def train(networks: int, channels: tuple[int, ...], steps: int, precision: str, work: Path) -> list[float]:
     """The seconds of each step."""
     import torch
-    from diffusers import UNet2DConditionModel
 
     from glance_trt.distill import fitting
     from glance_trt.distill.data import Examples
@@ -41,11 +40,7 @@ def train(networks: int, channels: tuple[int, ...], steps: int, precision: str, 
     from glance_trt.distill.teacher import Teacher
     from glance_trt.recipe import Distill, Guidance
 
-    unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=channels, cross_attention_dim=768, attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    ).requires_grad_(False).eval()  # fmt: skip
+    unet = unet_of(channels).requires_grad_(False).eval()
     settings = Distill(
         method="guidance",
         prompt="-",
@@ -90,16 +85,8 @@ def main() -> None:
         for networks in found:
             with tempfile.TemporaryDirectory(prefix="glance-bench-") as folder:
                 figures = Path(folder, "figures.json")
-                command = [
-                    sys.executable,
-                    __file__,
-                    *sys.argv[1:],
-                    "--networks",
-                    str(networks),
-                    "--figures",
-                    str(figures),
-                ]
-                _, peak = run_process(command, len(os.sched_getaffinity(0)))
+                own = ["--networks", str(networks), "--figures", str(figures)]
+                _, peak = run_process([sys.executable, __file__, *sys.argv[1:], *own], len(os.sched_getaffinity(0)))
                 found[networks].append((peak, median(json.loads(figures.read_text())[1:])))
     print(f"{'networks':>8}{'memory':>12}{'step':>10}")
     for networks, runs in found.items():

@@ -30,20 +30,7 @@ from glance_trt.export.lora import PROVENANCE
 from glance_trt.runtime.pipeline import Pipeline
 from glance_trt.verify import psnr
 
-RECIPE: dict[str, Any] = {
-    "name": "tiny",
-    "model": "model",
-    "height": 16,
-    "width": 16,
-    "teacher_steps": 10,
-    "phases": [
-        {"name": "slow", "steps": [1, 3], "lora": {"file": "slow.safetensors"}},
-        {"name": "middle", "steps": [5]},
-        {"name": "fast", "steps": [6, 8, 10], "lora": {"file": "fast.safetensors", "scale": 2.0}},
-    ],
-    "guidance": {"scale": 3.0, "rescale": 0.7, "negative_prompt": "blue"},
-    "engines": ["cpu"],
-}
+from .models.recipes import RECIPE
 
 
 class Home:

@@ -18,20 +18,7 @@ from glance_trt.build import build
 from glance_trt.export.reference import DiffusersReference
 from glance_trt.verify import compare, psnr
 
-RECIPE: dict[str, Any] = {
-    "name": "tiny",
-    "model": "model",
-    "height": 16,
-    "width": 16,
-    "teacher_steps": 10,
-    "phases": [
-        {"name": "slow", "steps": [1, 3], "lora": {"file": "slow.safetensors"}},
-        {"name": "middle", "steps": [5]},
-        {"name": "fast", "steps": [6, 8, 10], "lora": {"file": "fast.safetensors", "scale": 2.0}},
-    ],
-    "guidance": {"scale": 3.0, "rescale": 0.7},
-    "engines": ["cpu"],
-}
+from .models.recipes import RECIPE
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,24 @@ def pipeline(tiny_model: Path) -> StableDiffusionPipeline:
     found = StableDiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float32)
     found.set_progress_bar_config(disable=True)
     return found
+
+
+def by_diffusers(
+    pipeline: StableDiffusionPipeline, prompt: str, guidance: Guidance, seeds: Sequence[int], **options: Any
+) -> Any:
+    """What diffusers' own pipeline samples in ten steps, an image per seed."""
+    return pipeline(
+        prompt,
+        height=16,
+        width=16,
+        num_inference_steps=10,
+        num_images_per_prompt=len(seeds),
+        guidance_scale=guidance.scale if guidance.mode == "cfg" else 1,
+        guidance_rescale=guidance.rescale,
+        negative_prompt=guidance.negative_prompt,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **options,
+    ).images
 
 
 @pytest.fixture

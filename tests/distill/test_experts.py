@@ -28,6 +28,8 @@ from glance_trt.errors import ModelError, OutputError, RecipeError, TrainingErro
 from glance_trt.export import guide
 from glance_trt.recipe import Distill, Guidance, Lora, Phase, Recipe
 
+from .conftest import by_diffusers
+
 MakeRecipe = Callable[..., Recipe]
 ReadLog = Callable[[Path], list[dict[str, str]]]
 
@@ -105,18 +107,7 @@ def test_without_an_image_the_base_model_samples_it_as_diffusers_does(
 ) -> None:
     recipe = make_recipe(guidance=guidance, seed=5, steps=1, samples=2)
     distill.train(recipe, home, work=tmp_path)
-    expected = pipeline(
-        "a red circle",
-        height=16,
-        width=16,
-        num_inference_steps=10,
-        num_images_per_prompt=2,
-        guidance_scale=guidance.scale if guidance.mode == "cfg" else 1,
-        guidance_rescale=guidance.rescale,
-        negative_prompt=guidance.negative_prompt,
-        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
-        output_type="np",
-    ).images
+    expected = by_diffusers(pipeline, "a red circle", guidance, (5, 6), output_type="np")
     found = np.array(Image.open(tmp_path / "samples.png"))
     assert np.abs(found - np.concatenate(list(expected), axis=1) * 255).max() <= 0.6
 
@@ -282,11 +273,27 @@ class Watched:
         monkeypatch.setattr(experts, "trajectory_loss", observe)
 
 
+def noise(*seeds: int) -> Tensor:
+    return torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
 def jumped(latents: Tensor, velocity: Tensor, alpha: float, target: float) -> Tensor:
     """DDIM from one noise level to another (arXiv 2010.02502, eq. 12), for a velocity (arXiv 2202.00512)."""
     signal, spread = alpha**0.5, (1 - alpha) ** 0.5
     image, noise = signal * latents - spread * velocity, spread * latents + signal * velocity
     return target**0.5 * image + (1 - target) ** 0.5 * noise
+
+
+@torch.no_grad()
+def after_two_jumps(
+    pipeline: StableDiffusionPipeline, latents: Tensor, velocity: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """From the teacher's step 1 over 3 to 5, of ten."""
+    timesteps = (999, 799, 599)
+    alphas = [pipeline.scheduler.alphas_cumprod[timestep].item() for timestep in timesteps]
+    for k in range(2):
+        latents = jumped(latents, velocity(latents, timesteps[k]), alphas[k], alphas[k + 1])
+    return latents
 
 
 def test_the_fast_phase_starts_where_the_trained_slow_expert_leads(
@@ -302,12 +309,10 @@ def test_the_fast_phase_starts_where_the_trained_slow_expert_leads(
     given = watched.entries["fast"]
     pipeline.load_lora_weights(slow)
     embeds, _ = pipeline.encode_prompt("a red circle", "cpu", 2, False)
-    alphas = [pipeline.scheduler.alphas_cumprod[timestep].item() for timestep in (999, 799, 599)]
-    latents = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
-    torch.testing.assert_close(watched.entries["slow"].entry, latents)
-    with torch.no_grad():
-        for timestep, alpha, target in zip((999, 799), alphas, alphas[1:], strict=False):
-            latents = jumped(latents, pipeline.unet(latents, timestep, embeds).sample, alpha, target)
+    torch.testing.assert_close(watched.entries["slow"].entry, noise(3, 4))
+    latents = after_two_jumps(
+        pipeline, noise(3, 4), lambda latents, timestep: pipeline.unet(latents, timestep, embeds).sample
+    )
     torch.testing.assert_close(given.entry, latents, rtol=1e-3, atol=1e-4)
     assert (given.entry - given.states[:, 0]).abs().max() > 1e-2  # and not where the teacher is
 
@@ -327,13 +332,12 @@ def test_behind_a_guided_base_the_fast_phase_starts_where_two_evaluations_lead(
     given = watched.entries["fast"]
     assert ((given.scales >= 2) & (given.scales <= 5)).all()
     embeds, negative = pipeline.encode_prompt("a red circle", "cpu", 2, True, negative_prompt="blue")
-    alphas = [pipeline.scheduler.alphas_cumprod[timestep].item() for timestep in (999, 799, 599)]
-    latents = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
-    with torch.no_grad():
-        for timestep, alpha, target in zip((999, 799), alphas, alphas[1:], strict=False):
-            with_, without = (pipeline.unet(latents, timestep, told).sample for told in (embeds, negative))
-            guided = without + given.scales.view(-1, 1, 1, 1) * (with_ - without)
-            latents = jumped(latents, guided, alpha, target)
+
+    def guided(latents: Tensor, timestep: int) -> Tensor:
+        with_, without = (pipeline.unet(latents, timestep, told).sample for told in (embeds, negative))
+        return without + given.scales.view(-1, 1, 1, 1) * (with_ - without)
+
+    latents = after_two_jumps(pipeline, noise(0, 1), guided)
     torch.testing.assert_close(given.entry, latents, rtol=1e-3, atol=1e-4)
 
 
@@ -344,9 +348,8 @@ def test_a_schedule_that_skips_the_first_step_is_trained_from_noise(
     recipe = make_recipe(**{**ON_TRAJECTORIES, "phases": (Phase("fast", (2, 8), FAST),)})
     distill.train(recipe, home, work=tmp_path)
     given = watched.entries["fast"]
-    noise = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
-    torch.testing.assert_close(given.entry, noise)
-    assert not torch.allclose(given.states[:, 0], noise)
+    torch.testing.assert_close(given.entry, noise(0, 1))
+    assert not torch.allclose(given.states[:, 0], noise(0, 1))
 
 
 def test_a_missing_fast_expert_is_trained_again_behind_the_finished_slow_one(

@@ -18,6 +18,8 @@ from glance_trt.distill.teacher import Teacher
 from glance_trt.errors import TrainingError
 from glance_trt.recipe import Guidance
 
+from .conftest import by_diffusers
+
 PROMPT = "a red circle"
 SHAPE = (4, 8, 8)
 
@@ -41,19 +43,12 @@ def test_a_rollout_is_what_diffusers_pipeline_samples(
         config["rescale_betas_zero_snr"] = False
     pipeline.scheduler = getattr(diffusers, scheduler).from_config(config)
     during: list[Tensor] = []
-    expected = pipeline(
-        PROMPT,
-        height=16,
-        width=16,
-        num_inference_steps=10,
-        num_images_per_prompt=2,
-        guidance_scale=guidance.scale if guidance.mode == "cfg" else 1,
-        guidance_rescale=guidance.rescale,
-        negative_prompt=guidance.negative_prompt,
-        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
-        output_type="latent",
-        callback_on_step_end=lambda *call: during.append(call[3]["latents"]) or {},
-    ).images
+
+    def keep(*call: Any) -> dict[str, Any]:
+        during.append(call[3]["latents"])
+        return {}
+
+    expected = by_diffusers(pipeline, PROMPT, guidance, (5, 6), output_type="latent", callback_on_step_end=keep)
     embeds = data.encode_captions(base, (PROMPT,)).expand(2, -1, -1)
     made = a_teacher(base, config, guidance, 10)
     states = list(made.rollout(teacher.noise_of([5, 6], SHAPE), embeds, torch.full((2,), guidance.scale)))
