@@ -514,7 +514,13 @@ def test_an_embedded_scale_gives_the_images_of_diffusers_own_embedding(guided: H
 def test_ctrl_c_ends_the_command_with_130_and_the_next_build_completes(home: Home) -> None:
     command = [sys.executable, "-c", "from glance_trt.cli.main import main; main()", "build", "tiny.yaml"]
     process = subprocess.Popen(
-        [*command, "-o", str(home.output)], cwd=home.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "-o", str(home.output)],
+        cwd=home.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell lets its background jobs ignore Ctrl-C, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     record = home.output.parent / ".tiny.bundle.building" / "finished.json"
     deadline = time.monotonic() + 300
