@@ -193,9 +193,11 @@ def trajectory() -> dict[str, Arm]:
         "trajectory-10": arm(two(*searched(10)), NONE, **{**TRAJECTORY, "steps": 1200}),
         "trajectory-6": arm(two(*searched(6)), NONE, **{**TRAJECTORY, "steps": 1200}),
         "trajectory-4": arm(two(*searched(4)), NONE, **{**TRAJECTORY, "steps": 1500}),
-        "trajectory-10-paper": arm(two(SLOW, FAST), NONE, **TRAJECTORY),
         "trajectory-10-scale": arm(two(*searched(10), guided=True), EMBEDDED, **{**TRAJECTORY, "guidance": None}),
-        "trajectory-10-off-policy": arm(two(*searched(10)), NONE, **TRAJECTORY, on_policy=False),
+        # A third of the training of four jumps, and the same with other knots, or on the teacher's states.
+        "trajectory-4-short": arm(two(*searched(4)), NONE, **TRAJECTORY),
+        "trajectory-4-uniform": arm(two(UNIFORM[4][:2], UNIFORM[4][2:]), NONE, **TRAJECTORY),
+        "trajectory-4-off-policy": arm(two(*searched(4)), NONE, **TRAJECTORY, on_policy=False),
     }
 
 
