@@ -6,6 +6,7 @@ numpy is loaded with the first name that needs it, and nothing here ever needs P
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from glance_trt.errors import (
@@ -20,6 +21,10 @@ from glance_trt.errors import (
     TargetError,
     TrainingError,
 )
+
+# ONNX Runtime 1.31 for Linux writes a device id to the user's cache and reports to its makers, from its import on. A
+# server that was not asked does neither; ORT_DISABLE_TELEMETRY=0 lets it.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from glance_trt.bundle import Bundle

@@ -162,9 +162,11 @@ class Recipe:
                 raise strict.Mismatch(f"phases[{i}].guide: missing; guidance.mode embedded needs one in every phase")
             if phase.guide is not None and self.guidance.mode == "none":
                 raise strict.Mismatch(f"phases[{i}].guide: takes a guidance scale, and guidance.mode is none")
-        for key in ("height", "width", "teacher_steps"):
-            if getattr(self, key) < 1:
-                raise strict.Mismatch(f"{key}: expected a positive number, got {strict.shown(getattr(self, key))}")
+        limits.check_range("height", self.height, 1, limits.IMAGE_SIDE)
+        limits.check_range("width", self.width, 1, limits.IMAGE_SIDE)
+        limits.check_range("teacher_steps", self.teacher_steps, 1, limits.SCHEDULE_STEPS)
+        if not self.engines:
+            raise strict.Mismatch("engines: a recipe needs at least one, such as cpu")
 
 
 def load(path: str | Path) -> tuple[Recipe, Path]:
@@ -193,6 +195,8 @@ def find(name: str, kind: Literal["recipe", "target"]) -> Path:
         return Path(name)
     if name in shipped:
         return shipped[name]
+    if os.path.isdir(name):
+        raise RecipeError(f"{name}: a folder; a {kind} is a YAML file")
     raise RecipeError(f"{name}: no such file, and no shipped {kind} of that name ({', '.join(shipped) or 'none'})")
 
 

@@ -43,7 +43,10 @@ class Staging:
         self._replaced = self._place / "replaced"
         if self._replaced.exists() and not self._output.exists():  # killed between the two renames of `finish`
             os.replace(self._replaced, self._output)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:  # below /proc, or a dangling link
+            raise OutputError(f"{self._output.parent}: folder cannot be made; give another -o") from None
         self._finished = self._read_record()
         self._previous = previous
         self._earlier: dict[str, list[str]] = {}

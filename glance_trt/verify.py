@@ -11,11 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glance_trt import recipe
+from glance_trt.build import table
 from glance_trt.bundle import Bundle
+from glance_trt.errors import ParityError
 from glance_trt.progress import Progress, silent
 from glance_trt.prompts import read_prompts
 from glance_trt.recipe import Recipe
 from glance_trt.runtime.pipeline import Pipeline
+
+PSNR = 50.0
+"""Of a whole image against diffusers, in decibels, the least that is accepted."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def compare(
 
     Image i is made of prompt i with the seed i, from 0 on; after the last prompt comes the first again. prompts: by
     default those that the recipe distils with. images: how many, by default one of each prompt given, or 2. Raises
-    `ParityError` where a graph differs too much.
+    `ParityError` where a graph or an image differs too much, or where the recipe has another schedule or guidance.
     """
     from glance_trt.export import parity, phases
     from glance_trt.export.families import open_model
@@ -48,6 +53,14 @@ def compare(
     plan, folder = recipe.load(recipe_name)
     model = folder / plan.model
     family = open_model(model, plan)
+    if table(family.scheduler_config(), plan) not in bundle.manifest.schedules.values():
+        raise ParityError(f"schedule: {recipe_name} compiles to other steps than the bundle's")
+    wanted, given = plan.guidance, bundle.manifest.guidance
+    if (wanted.scale, wanted.negative_prompt) != (given.scale, given.negative_prompt):
+        raise ParityError(
+            f"guidance: scale {wanted.scale:g} and negative prompt {wanted.negative_prompt!r} in {recipe_name}, "
+            f"{given.scale:g} and {given.negative_prompt!r} in the bundle"
+        )
     tensors = component_tensors(model / family.components["denoiser"])
     loras, guides = phases.loras(plan, folder, tensors), phases.guides(plan, folder, family)
     with Pipeline.open(bundle) as pipeline:
@@ -65,6 +78,8 @@ def compare(
                 prompt = prompts[seed % len(prompts)]
                 expected = by_diffusers.generate(prompt, [seed])[0]
                 found.append(psnr(np.asarray(pipeline.generate(prompt, seed=seed)[0]), expected))
+                if found[-1] < PSNR:
+                    raise ParityError(f"image {seed + 1}: {found[-1]:.1f} dB from diffusers, expected {PSNR:g} or more")
                 progress("images", seed + 1, count)
     return Comparison(results, found)
 

@@ -331,6 +331,13 @@ def test_a_bundle_with_files_of_the_users_is_never_touched(built: Home) -> None:
     assert _contents(built.output) == before
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which none can be made")
+def test_an_output_that_cannot_be_made_is_an_output_error(home: Home) -> None:
+    home.output = Path("/proc/x/tiny.bundle")
+    with pytest.raises(OutputError, match=r"^/proc/x: folder cannot be made; give another -o$"):
+        home.build()
+
+
 def test_an_output_below_a_file_is_an_output_error(home: Home) -> None:
     (home.folder / "out").write_text("a file")
     with pytest.raises(OutputError, match=r"out.*; give another -o"):

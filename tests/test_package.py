@@ -212,3 +212,17 @@ def test_lean_installation_generates_an_image(lean_bin: Path, shapes_bundle: Pat
     with Image.open(file) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
         image.load()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where ONNX Runtime reports on Linux")
+def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
+    def traces(home: str, statement: str, **more: str) -> list[Path]:
+        folder = tmp_path / home
+        folder.mkdir()
+        environment = {"PATH": os.environ["PATH"], "HOME": str(folder), **more}
+        subprocess.run([sys.executable, "-c", statement], env=environment, check=True)
+        return [file for file in folder.rglob("*") if file.is_file()]
+
+    assert traces("silent", "import glance_trt, onnxruntime") == []
+    if traces("plain", "import onnxruntime"):  # the versions that have telemetry, where it is not off for a CI's sake
+        assert traces("asked", "import glance_trt, onnxruntime", ORT_DISABLE_TELEMETRY="0")

@@ -71,9 +71,11 @@ def test_defaults_are_those_of_the_paper(file: Path) -> None:
         ("height: 64", "height: '64'", "height: expected a whole number, got text ('64')"),
         ("height: 64", "height: 64.0", "height: expected a whole number, got a number (64.0)"),
         ("height: 64", "height: yes", "height: expected a whole number, got true or false (True)"),
-        ("height: 64", "height: 0", "height: expected a positive number, got 0"),
-        ("width: 64", "width: -8", "width: expected a positive number, got -8"),
-        ("width: 64", "width: 64\nteacher_steps: 0", "teacher_steps: expected a positive number, got 0"),
+        ("height: 64", "height: 0", "height: expected a whole number from 1 to 8192, got 0"),
+        ("height: 64", "height: 8208", "height: expected a whole number from 1 to 8192, got 8208"),
+        ("width: 64", "width: -8", "width: expected a whole number from 1 to 8192, got -8"),
+        ("width: 64", "width: 64\nteacher_steps: 0", "teacher_steps: expected a whole number from 1 to 1000, got 0"),
+        ("width: 64", "width: 64\nengines: []", "engines: a recipe needs at least one, such as cpu"),
         ("width: 64", "width: 2001-01-01", "width: expected a whole number, got date"),
         ("name: tiny", "name: 5", "name: expected text, got a whole number (5)"),
         ("name: tiny", "name: my model", "name: 'my model' is no valid name; names are 1 to 64 of"),
@@ -96,7 +98,7 @@ def test_defaults_are_those_of_the_paper(file: Path) -> None:
         ("width: 64", "width: !!python/object/apply:os.getcwd []", "not valid YAML: could not determine a constructor"),
         ("width: 64", "width: 2001-99-99", "not valid YAML: month must be in 1..12"),
         ("width: 64", "width: " + "9" * 5000, "not valid YAML: Exceeds the limit"),
-        ("width: 64", "width: -0x" + "f" * 5000, "width: expected a positive number, got a number of thousands"),
+        ("width: 64", "width: -0x" + "f" * 5000, "width: expected a whole number from 1 to 8192, got a number of"),
         ("width: 64", "width: " + "[" * 1200, "not valid YAML: "),
         ("width: 64", "width: &a [*a]", "width: expected a whole number, got a list"),
         ("width: 64", "width: \x01", "not valid YAML: "),
@@ -140,7 +142,7 @@ def test_a_missing_recipe_is_named_beside_the_shipped_ones(name: str) -> None:
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no such file, and no shipped recipe"):
+    with pytest.raises(RecipeError, match="a folder; a recipe is a YAML file"):
         recipe.load(tmp_path)
 
 

@@ -15,6 +15,8 @@ from peft.tuners.lora import LoraLayer
 
 from glance_trt import recipe
 from glance_trt.build import build
+from glance_trt.bundle import Bundle
+from glance_trt.errors import ParityError
 from glance_trt.export.reference import DiffusersReference
 from glance_trt.verify import compare, psnr
 
@@ -32,11 +34,15 @@ def home(tiny_model: Path, write_lora: Callable[..., Path], tmp_path_factory: py
     return folder
 
 
-def test_image_i_is_of_prompt_i_and_seed_i(
-    home: Path, traced: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("glance_trt.export.trace.trace", traced)
-    bundle = build(str(home / "tiny.yaml"), tmp_path / "tiny.bundle").bundle
+@pytest.fixture(scope="module")
+def bundle(home: Path, traced: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The recipe's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glance_trt.export.trace.trace", traced)
+        return build(str(home / "tiny.yaml"), tmp_path_factory.mktemp("built") / "tiny.bundle").bundle
+
+
+def test_image_i_is_of_prompt_i_and_seed_i(bundle: Bundle, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, generate = [], DiffusersReference.generate
 
     def spy(self: DiffusersReference, prompt: str, seeds: Sequence[int]) -> NDArray[np.uint8]:
@@ -52,6 +58,36 @@ def test_image_i_is_of_prompt_i_and_seed_i(
     assert len(compare(bundle, str(home / "tiny.yaml"), prompts=["a star", "a circle", "a heart"]).psnr) == 3
     assert [prompt for prompt, _ in calls] == ["a star", "a circle", "a heart"]
     assert len(compare(bundle, str(home / "tiny.yaml")).psnr) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher_steps": 11}, r"^schedule: \S+tiny\.yaml compiles to other steps than the bundle's$"),
+        (
+            {"guidance": {**RECIPE["guidance"], "scale": 4.0}},
+            r"^guidance: scale 4 and negative prompt 'blue' in \S+, 3 ",
+        ),
+    ],
+)
+def test_a_recipe_that_makes_another_bundle_is_refused(
+    changes: dict[str, Any], message: str, bundle: Bundle, home: Path, tmp_path: Path
+) -> None:
+    for file in home.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tiny.yaml").unlink()
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE | changes))
+    with pytest.raises(ParityError, match=message):
+        compare(bundle, str(tmp_path / "tiny.yaml"), images=0)
+
+
+def test_an_image_that_diffusers_does_not_make_is_refused(
+    bundle: Bundle, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = DiffusersReference.generate
+    monkeypatch.setattr(DiffusersReference, "generate", lambda self, prompt, seeds: generate(self, prompt, [9]))
+    with pytest.raises(ParityError, match=r"^image 1: \d+\.\d dB from diffusers, expected 50 or more$"):
+        compare(bundle, str(home / "tiny.yaml"))
 
 
 def test_fused_reference_makes_the_images_of_the_one_that_switches(home: Path) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from glance_trt.runtime.pipeline import StepResult
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
+_MOST = 100_000  # images of a prompt; all their names are checked before the first is made
 
 
 @click.command("generate")
@@ -43,7 +44,9 @@ _IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
     default=Path(),
     help="A folder, or a .png file for one image. Default: here.",
 )
-@click.option("--sheet", type=click.Path(path_type=Path), help="Also write all images on one contact sheet.")
+@click.option(
+    "--sheet", type=click.Path(path_type=Path), help="Also write all on one contact sheet (.png, .jpg, .webp)."
+)
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON record per image instead of its path.")
 def command(
@@ -72,10 +75,10 @@ def command(
 
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "big")
-    if count < 1:
-        raise InputError(f"--count: expected at least 1, got {count}")
+    if not 1 <= count <= _MOST:
+        raise InputError(f"--count: expected 1 to {_MOST}, got {count}")
     files = _file_names(output, prompts, count, seed)
-    _check(files, sheet, overwrite)
+    _check(files, sheet, overwrite, bundle)
     made: list[Image] = []
     with (
         Pipeline.open(bundle, target, threads=threads) as pipeline,
@@ -145,7 +148,7 @@ def _file_names(output: Path, prompts: Sequence[str], count: int, seed: int) -> 
     return names
 
 
-def _check(files: Sequence[Path], sheet: Path | None, overwrite: bool) -> None:
+def _check(files: Sequence[Path], sheet: Path | None, overwrite: bool, bundle: Path) -> None:
     """Refuse now what would fail when the images are there."""
     if sheet and sheet.suffix.lower() not in _IMAGES:
         raise InputError(f"--sheet {sheet}: expected a name that ends in .png, .jpg or .webp")
@@ -153,6 +156,8 @@ def _check(files: Sequence[Path], sheet: Path | None, overwrite: bool) -> None:
         raise InputError(f"--sheet {sheet}: an image goes there already; give another name")
     outputs = dict.fromkeys(files, "-o") | ({sheet: "--sheet"} if sheet else {})
     for file, option in outputs.items():
+        if file.parent.resolve() == bundle.resolve():
+            raise OutputError(f"{file}: is inside the bundle, which holds no other files; give another {option}")
         if os.path.lexists(file) and not overwrite:
             raise OutputError(f"{file} exists; give --overwrite or another {option}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import TextIO
 import click
 
 from glance_trt import __version__
-from glance_trt.errors import GlanceError, TargetError
+from glance_trt.errors import GlanceError, OutputError, TargetError
 
 _COMMANDS = ("schedule", "distill", "build", "generate", "inspect", "verify", "bench", "doctor")
 
@@ -57,6 +58,11 @@ def main() -> None:
     except GlanceError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        click.echo(f"error: {error.filename or 'output'}: {error.strerror}", err=True)
+        code = OutputError.exit_code
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("glance_trt"):
             raise

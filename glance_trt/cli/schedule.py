@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from glance_trt.cli.bars import bars
 from glance_trt.errors import InputError, OutputError, RecipeError
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for trajectories. Default: as for distill.")
 @click.option("--device", help="PyTorch device. Default: cuda if there is one, else cpu.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw costs and knots into this PNG or SVG.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the recipe with the best knots.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Write the recipe with the best knots, without comments."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.pass_context
 def command(
+    context: click.Context,
     recipe: str,
     searching: bool,
     knots: int,
@@ -53,9 +58,10 @@ def command(
     from glance_trt import recipe as recipes
 
     plan, folder = recipes.load(recipe)
+    for option in ("knots", "samples", "prompts", "work", "device", "plot", "output"):
+        if not searching and context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{option} needs --search")
     for file in filter(None, (output, plot)):
-        if not searching:
-            raise click.UsageError("--output and --plot need --search")
         if file.exists() and not overwrite:
             raise OutputError(f"{file}: exists; give another, or --overwrite")
     if plot and plot.suffix.lower() not in (".png", ".svg"):
@@ -71,6 +77,8 @@ def command(
     from glance_trt.distill import data, files, search
     from glance_trt.prompts import read_prompts
 
+    for file in filter(None, (output, plot)):
+        files.make_folder(file.parent)
     captions: Sequence[str]
     if prompts:
         captions = read_prompts(prompts)

@@ -22,7 +22,7 @@ from glance_trt.distill.guidance import draw_scales, guidance_loss
 from glance_trt.distill.student import Parts, Student
 from glance_trt.distill.teacher import Teacher
 from glance_trt.distill.trajectory import Trajectories, through, trajectory_loss
-from glance_trt.errors import ModelError, OutputError, RecipeError
+from glance_trt.errors import OutputError, RecipeError
 from glance_trt.export.families import open_model
 from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Distill, Phase, Recipe
@@ -93,6 +93,8 @@ def train(
     phases = [(phase.name, phase.steps) for phase in recipe.phases]
     table = compile_schedule(config, phases, teacher_steps=recipe.teacher_steps, sampler=recipe.sampler)  # or raises
     runs = _runs(recipe, folder, out, config, table)
+    for place in {work, *(file.parent for run in runs for file in run.parts)}:
+        files.make_folder(place)
     samples = samples or work / "samples"
     material = _prepare(
         load_base(folder / recipe.model), recipe, settings, given, config, work, samples, device, progress
@@ -148,11 +150,6 @@ def _checked(recipe: Recipe) -> Distill:
 
 
 def _runs(recipe: Recipe, folder: Path, out: Path | None, config: Mapping[str, Any], table: Schedule) -> list[_Run]:
-    if str(config.get("_class_name")).startswith("FlowMatch"):
-        raise ModelError(
-            f"{recipe.model}: the scheduler is a {config['_class_name']}, and flow matching has another target than "
-            "the epsilon or velocity of Stable Diffusion; give a model with a diffusion scheduler such as DDIMScheduler"
-        )
     runs, taken = [], dict[Path, str]()
     for i, phase in enumerate(recipe.phases):
         parts = Parts(

@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ Floats = NDArray[np.float64]
 
 PAPER = (1, 3, 5, 7, 9, 11, 21, 31, 41, 50)
 """Glance's knots (arXiv 2512.02899), of 50 teacher steps."""
+PAPER_SLOW = 5
+"""How many of them are the slow phase's."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def evaluate(states: Floats, table: Floats, count: int) -> Search:
         return Knots(tuple(i + 1 for i in indices), cost, boundary(states, table, indices))
 
     uniform = [round(i * steps / count) for i in range(count)]
-    paper = knots([step - 1 for step in PAPER]) if steps == PAPER[-1] else None
+    paper = replace(knots([step - 1 for step in PAPER]), slow=PAPER_SLOW) if steps == PAPER[-1] else None
     return Search(tuple(knots(best) for best in best_knots(costs)), knots(uniform), paper)
 
 

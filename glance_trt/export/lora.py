@@ -78,6 +78,8 @@ def read(path: Path, weights: Mapping[str, TensorRef], scale: float | None = Non
     metadata, PEFT's ``adapter_config.json`` beside ``adapter_model.safetensors``), the scale is 1. Every key must match
     a weight, else `LoraError` lists those that do not.
     """
+    if path.is_dir():
+        raise LoraError(f"{path}: a folder; expected a .safetensors file")
     if not path.is_file():
         raise LoraError(f"{path}: no such LoRA file; train one with: glance-trt distill RECIPE")
     try:

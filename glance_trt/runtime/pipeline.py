@@ -29,6 +29,7 @@ Values = dict[tuple[str, str], NDArray[Any]]
 
 _CACHED_PROMPTS = 64
 _DEFAULT_BATCH = 4
+_MOST_THREADS = 512
 _SHOWN_TEXT = 200  # characters of a cut prompt that a warning shows
 
 
@@ -97,6 +98,8 @@ class Pipeline:
         target: one of the bundle's; by default the first that runs here. threads: for engines that run on the CPU, by
         default as many as there are cores. Raises `BundleError` or `TargetError`.
         """
+        if threads is not None and not 1 <= threads <= _MOST_THREADS:
+            raise InputError(f"threads: expected 1 to {_MOST_THREADS}, got {threads}")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         engines = bundle.manifest.engines

@@ -175,8 +175,10 @@ def test_bytes_that_are_no_text_are_refused(tiny_bundle: Path, tmp_path: Path, o
         (["-o", "below/x.jpg"], 8, "-o below/x.jpg: images are PNG files; give a name that ends in .png, or a folder"),
         (["-o", "new/folder", "--schedule", "slow"], 8, "schedule 'slow': this bundle has default, short"),
         (["--schedule", "slow"], 8, "schedule 'slow': this bundle has default, short"),
-        (["--count", "0"], 8, "--count: expected at least 1, got 0"),
-        (["-n", "-2"], 8, "--count: expected at least 1, got -2"),
+        (["--count", "0"], 8, "--count: expected 1 to 100000, got 0"),
+        (["-n", "-2"], 8, "--count: expected 1 to 100000, got -2"),
+        (["-n", "100001"], 8, "--count: expected 1 to 100000, got 100001"),
+        (["--threads", "513"], 8, "threads: expected 1 to 512, got 513"),
         (["--guidance", "nan"], 8, "guidance scale: expected a finite number, got nan"),
         (["--seed", str(2**64)], 8, "seed: got 18446744073709551616; a seed is a whole number from -"),
         (["-n", "2", "-o", "x.png"], 8, "-o x.png: one file for 2 images; give a folder"),
@@ -223,6 +225,14 @@ def test_output_that_exists_is_refused_before_any_work(
         assert (shown.code, shown.out) == (9, "")
         assert shown.err == f"error: {name} exists; give --overwrite or another {option}\n"
     assert Path("a-star-8.png").read_text() == "precious"
+
+
+@pytest.mark.parametrize("options", [["-o", "{}"], ["-o", "{}/x.png"], ["-o", "out", "--sheet", "{}/sheet.png"]])
+def test_nothing_is_written_into_the_bundle(run: Run, tiny_bundle: Path, options: list[str]) -> None:
+    shown = run("generate", tiny_bundle, "a star", "--overwrite", *(option.format(tiny_bundle) for option in options))
+    assert (shown.code, shown.out) == (9, "")
+    assert "is inside the bundle, which holds no other files; give another " in shown.err
+    assert not list(tiny_bundle.glob("*.png"))
 
 
 def test_overwrite_replaces_what_exists(run: Run, tiny_bundle: Path) -> None:

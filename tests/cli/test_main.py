@@ -186,6 +186,14 @@ def test_reader_of_stdout_that_leaves_is_no_error(tiny_bundle: Path) -> None:
     assert (shown.returncode, shown.stderr) == (141, b"")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_stdout_on_a_full_disk_is_said(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-c", MAIN, "inspect", tiny_bundle]
+    with open("/dev/full", "wb") as full:
+        shown = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (shown.returncode, shown.stderr) == (9, b"error: output: No space left on device\n")
+
+
 # --- progress bars --------------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,8 @@ def test_searched_knots_are_printed_and_written_into_a_recipe_that_loads(run: Ru
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["-o", "x.yaml"], 2, "--output and --plot need --search"),
+        (["-o", "x.yaml"], 2, "--output needs --search"),
+        (["-k", "5"], 2, "--knots needs --search"),
         (["--search", "-o", "home/tiny.yaml"], 9, "home/tiny.yaml: exists; give another, or --overwrite"),
         (["--search", "-k", "11"], 3, "knots: 11 of 10 teacher steps"),
         (["--search", "-k", "1", "-o", "x.yaml"], 8, "--knots 1: home/tiny.yaml has 2 phases, and each needs one"),

@@ -122,6 +122,7 @@ def test_plot_draws_the_curve_and_the_knots(tmp_path: Path) -> None:
     found = search.evaluate(states, jump_coefficients(DDIM, 50), 10)
     assert found.paper is not None
     assert found.paper.steps == (1, 3, 5, 7, 9, 11, 21, 31, 41, 50)
+    assert found.paper.slow == 5  # as in the paper, wherever the best boundary would be
     search.plot(found, 10, tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text()
     assert "<svg" in text

@@ -247,6 +247,11 @@ def test_a_truncated_file_is_refused(diffusers_file: Path, unet_weights: Refs, t
         lora.read(path, unet_weights)
 
 
+def test_a_folder_is_no_lora(unet_weights: Refs, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match=r"a folder; expected a \.safetensors file"):
+        lora.read(tmp_path, unet_weights)
+
+
 def test_a_missing_file_says_how_to_make_one(unet_weights: Refs, tmp_path: Path) -> None:
     with pytest.raises(LoraError, match=r"no\.safetensors: no such LoRA file; train one with: glance-trt distill"):
         lora.read(tmp_path / "no.safetensors", unet_weights)

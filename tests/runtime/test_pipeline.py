@@ -320,6 +320,15 @@ def test_target_is_one_that_the_bundle_has_and_this_version_runs(tmp_path: Path,
         Pipeline.open(tmp_path / "none", "cpu")
 
 
+def test_engines_run_only_where_the_manifest_says_that_they_run(tmp_path: Path, tiny_bundle: Path) -> None:
+    cpu = Bundle.open(tiny_bundle).manifest.engines["cpu"]
+    for key, there in (("onnxruntime", "0.1"), ("cpu", "x86_64-avx9000")):
+        elsewhere = replace(cpu, requires={**cpu.requires, key: there})
+        folder = tiny.make_bundle(tmp_path / key, engines={"cpu": elsewhere})
+        with pytest.raises(TargetError, match=rf"^cpu: built for {key} {there}, but this is "):
+            Pipeline.open(folder)
+
+
 def test_altered_engine_is_not_opened_but_an_unused_file_is_not_read(tmp_path: Path) -> None:
     folder = tiny.make_bundle(tmp_path / "bundle", extra={"unused.bin": b"0" * 10})
     (folder / "unused.bin").write_bytes(b"1" * 10)

@@ -53,7 +53,8 @@ def open_model(model: Path, recipe: Recipe) -> Family:
 
     supported = {"StableDiffusionPipeline": StableDiffusion}
     if not model.is_dir():
-        raise ModelError(f"{model}: no such folder; a model is a folder in diffusers' layout, nothing is downloaded")
+        what = "a file" if model.exists() else "no such folder"
+        raise ModelError(f"{model}: {what}; a model is a folder in diffusers' layout, nothing is downloaded")
     found = read_json(
         model / "model_index.json", f"{model}: not a diffusers pipeline folder, it has no model_index.json"
     )

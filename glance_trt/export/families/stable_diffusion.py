@@ -229,6 +229,11 @@ class StableDiffusion:
         config = read_json(folder / "scheduler_config.json", f"{folder}: missing, with its scheduler_config.json")
         if self._recipe.scheduler:
             config["_class_name"] = self._recipe.scheduler
+        if str(config.get("_class_name")).startswith("FlowMatch"):
+            raise ModelError(
+                f"{self._model}: the scheduler is a {config['_class_name']}, and flow matching has another target than "
+                "the noise or velocity of Stable Diffusion; take a diffusion scheduler such as DDIMScheduler"
+            )
         # StableDiffusionPipeline corrects these two in every scheduler it is given; old configurations rely on it.
         return config | {"steps_offset": 1, "clip_sample": False}
 

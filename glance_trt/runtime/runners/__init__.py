@@ -27,8 +27,9 @@ def open_runner(bundle: Bundle, target: str, *, threads: int | None = None) -> R
     engines = bundle.manifest.engines[target]
     files = {graph: engine.file for graph, engine in engines.graphs.items()}
     if engines.backend == "onnxruntime":
-        from glance_trt.runtime.runners.onnxruntime import OnnxRuntimeRunner
+        from glance_trt.runtime.runners.onnxruntime import OnnxRuntimeRunner, check_requirements
 
+        check_requirements(target, engines.requires)
         return OnnxRuntimeRunner(bundle.directory, files, threads=threads)
     raise TargetError(
         f"target {target!r}: its {engines.backend} engines can be built and opened with {engines.backend}'s own tools, "

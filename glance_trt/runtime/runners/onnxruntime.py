@@ -44,6 +44,14 @@ def requirements() -> dict[str, str]:
     return {"onnxruntime": str(_onnxruntime().__version__), "cpu": _cpu()}
 
 
+def check_requirements(name: str, built_for: Mapping[str, str]) -> None:
+    """Raise `TargetError` where engines, called `name`, were built for something else than is here."""
+    for key, here in requirements().items():
+        if (there := built_for.get(key, here)) != here:
+            pin = f"pip install {key}=={there}, or " if key == "onnxruntime" else ""
+            raise TargetError(f"{name}: built for {key} {there}, but this is {here}; {pin}{_AGAIN}")
+
+
 class OnnxRuntimeRunner:
     """Runs the graphs of one target; `run` may be called from several threads.
 
@@ -55,7 +63,6 @@ class OnnxRuntimeRunner:
 
     def __init__(self, directory: Path, engines: Mapping[str, str], *, threads: int | None = None) -> None:
         self._directory, self._engines, self._threads = directory, dict(engines), threads
-        self._requirements = requirements()
         self._options = _onnxruntime().RunOptions()
         # Each session has its own arena. Shrinking it after every run keeps the peak of a whole image at that of its
         # largest graph, instead of the sum over all, for 1 to 3 % of a step's time.
@@ -135,11 +142,7 @@ class OnnxRuntimeRunner:
                 f"{file}: ONNX Runtime {ort.__version__} cannot load it: {_first(error)}. It is damaged, or was built "
                 f"for another version: check it with glance-trt verify, or {_AGAIN}"
             ) from None
-        built_for = session.get_modelmeta().custom_metadata_map
-        for key, here in self._requirements.items():
-            if (there := built_for.get(key, "unknown")) != here:
-                pin = f"pip install {key}=={there}, or " if key == "onnxruntime" else ""
-                raise TargetError(f"{file}: built for {key} {there}, but this is {here}; {pin}{_AGAIN}")
+        check_requirements(file, dict.fromkeys(requirements(), "unknown") | session.get_modelmeta().custom_metadata_map)
         return session
 
 

@@ -203,3 +203,12 @@ def test_a_folder_that_is_no_model_is_refused(
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, make_recipe: Make) -> None:
     with pytest.raises(ModelError, match=r"no: no such folder; .* nothing is downloaded"):
         open_model(tmp_path / "no", make_recipe())
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match="file: a file; a model is a folder"):
+        open_model(tmp_path / "file", make_recipe())
+
+
+def test_a_scheduler_for_another_kind_of_model_is_refused(tiny_model: Path, make_recipe: Make) -> None:
+    family = open_model(tiny_model, make_recipe(scheduler="FlowMatchEulerDiscreteScheduler"))
+    with pytest.raises(ModelError, match="the scheduler is a FlowMatchEulerDiscreteScheduler, and flow matching"):
+        family.scheduler_config()
