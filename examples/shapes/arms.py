@@ -10,7 +10,7 @@ import yaml
 
 HERE = Path(__file__).parent
 SLOW, FAST = [1, 3, 5, 7, 9], [11, 21, 31, 41, 50]
-UNIFORM = {k: [round(50 * i / k) + 1 for i in range(k)] for k in (4, 6, 10, 20)}
+UNIFORM = {k: [round(50 * i / k) + 1 for i in range(k)] for k in (2, 3, 4, 5, 6, 10, 20)}
 EVERY = list(range(1, 51))
 CFG = {"mode": "cfg", "scale": 2.5}
 NONE = {"mode": "none"}
@@ -115,8 +115,7 @@ def base() -> dict[str, Arm]:
     unguided = {f"base-{k}-unguided": arm(whole(UNIFORM[k]), NONE) for k in (4, 6, 10, 20)}
     return {
         "teacher-50": arm(whole(EVERY)),
-        "base-20": arm(whole(UNIFORM[20])),
-        "base-10": arm(whole(UNIFORM[10])),
+        **{f"base-{k}": arm(whole(UNIFORM[k])) for k in (20, 10, 5, 3, 2)},
         "base-10-paper": arm(whole(SLOW + FAST)),
         "base-10-searched": arm(whole([*searched(10)[0], *searched(10)[1]])),
         **unguided,
