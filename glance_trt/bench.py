@@ -19,7 +19,8 @@ from glance_trt.bundle import Bundle
 from glance_trt.duel import Duel, cold_start, peer_name, steady_state
 from glance_trt.errors import InputError
 from glance_trt.progress import Progress, silent
-from glance_trt.runtime.pipeline import Pipeline, PromptTruncated
+from glance_trt.prompts import PromptTruncated
+from glance_trt.runtime.pipeline import Pipeline
 from glance_trt.runtime.runners import Runner
 
 PROMPT = "a photograph"

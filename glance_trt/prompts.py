@@ -1,10 +1,14 @@
-"""Files of prompts, one per line."""
+"""Prompts: read from a file, one per line, and cut where they are too long."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from glance_trt.errors import InputError
+
+
+class PromptTruncated(UserWarning):
+    """A prompt was longer than the text encoder takes; the message shows what was cut."""
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from glance_trt import strict
 from glance_trt.distill.base import Base, device_of
 from glance_trt.errors import InputError, RecipeError
-from glance_trt.prompts import read_prompts
+from glance_trt.prompts import PromptTruncated, read_prompts
 from glance_trt.recipe import Distill, Recipe
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -95,13 +97,17 @@ def encode_images(base: Base, images: tuple[Image.Image, ...]) -> Tensor:
 
 @torch.no_grad()
 def encode_captions(base: Base, captions: tuple[str, ...]) -> Tensor:
-    """What the text encoder makes of captions, [M, L, D] float32, as diffusers' pipeline has it encode them."""
+    """What the text encoder makes of captions, [M, L, D] float32, as diffusers' pipeline has it encode them.
+
+    Warns of captions that are too long, and cut.
+    """
+    length = base.tokenizer.model_max_length
+    whole = base.tokenizer(list(captions), truncation=False, verbose=False).input_ids
+    if long := [caption for caption, ids in zip(captions, whole, strict=True) if len(ids) > length]:
+        text = f"cut to the {length} tokens of the text encoder: {len(long)} of {len(captions)} captions, such as"
+        warnings.warn(f"{text} {strict.shown(long[0])}", PromptTruncated, stacklevel=2)
     tokens = base.tokenizer(
-        list(captions),
-        padding="max_length",
-        truncation=True,
-        max_length=base.tokenizer.model_max_length,
-        return_tensors="pt",
+        list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     ).input_ids
     encoder = base.text_encoder
     return torch.cat([encoder(part.to(device_of(encoder))).last_hidden_state for part in tokens.split(64)])

@@ -19,6 +19,7 @@ from PIL import Image
 from glance_trt import limits
 from glance_trt.bundle import Bundle
 from glance_trt.errors import InputError, TargetError
+from glance_trt.prompts import PromptTruncated
 from glance_trt.runtime.noise import initial_latents
 from glance_trt.runtime.runners import Runner, open_runner
 from glance_trt.runtime.tokenizing import Tokenizer
@@ -31,10 +32,6 @@ _CACHED_PROMPTS = 64
 _DEFAULT_BATCH = 4
 _MOST_THREADS = 512
 _SHOWN_TEXT = 200  # characters of a cut prompt that a warning shows
-
-
-class PromptTruncated(UserWarning):
-    """A prompt was longer than the text encoder takes; the message shows what was cut."""
 
 
 @dataclass(frozen=True)

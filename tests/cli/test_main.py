@@ -155,7 +155,7 @@ def test_warnings_of_ours_are_one_line_and_those_of_others_are_not_shown(
 ) -> None:
     import warnings
 
-    from glance_trt.runtime.pipeline import PromptTruncated
+    from glance_trt.prompts import PromptTruncated
 
     def warn(*_: object) -> None:
         warnings.warn("cut: 'x'", PromptTruncated, stacklevel=1)

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from glance_trt.bundle import Bundle, GuidanceMode
 from glance_trt.errors import BundleError, GlanceError, InputError, TargetError
+from glance_trt.prompts import PromptTruncated
 from glance_trt.runtime.noise import SEED_MAX, initial_latents
-from glance_trt.runtime.pipeline import Pipeline, PromptTruncated, Settings
+from glance_trt.runtime.pipeline import Pipeline, Settings
 
 from ..models import tiny
 
