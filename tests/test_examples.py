@@ -8,8 +8,11 @@ import ablate
 import pytest
 import yaml
 from arms import ARMS, WORDS
+from data import all_scenes
 
-from glance_trt import recipe
+from glance_trt import recipe, strict
+from glance_trt.prompts import read_prompts
+from glance_trt.recipe import Distill
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -18,6 +21,20 @@ def test_every_arm_of_the_ablation_is_a_recipe(name: str, tmp_path: Path) -> Non
     plan, _ = recipe.load(tmp_path / "arm.yaml")
     per_step = 2 if plan.guidance.mode == "cfg" else 1
     assert ARMS[name].evaluations == per_step * sum(len(phase.steps) for phase in plan.phases)
+
+
+def test_the_demonstration_is_an_arm_of_the_ablation() -> None:
+    plan, folder = recipe.load("shapes")
+    assert plan.distill is not None
+    arm = ARMS["trajectory-10"].recipe
+    assert [list(phase.steps) for phase in plan.phases] == [phase["steps"] for phase in arm["phases"]]
+    assert strict.write(plan.distill) == strict.write(
+        strict.read(Distill, arm["distill"] | {"prompts": plan.distill.prompts})
+    )
+    trainable = {scene.caption for scene in all_scenes() if not scene.held_out}
+    captions = read_prompts(folder / str(plan.distill.prompts))
+    assert len(captions) == 2000
+    assert set(captions) <= trainable, "none is held out"
 
 
 def test_scenes_of_words_that_the_sample_has_and_of_others() -> None:

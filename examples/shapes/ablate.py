@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import yaml
 from arms import ARMS, GROUPS, ONE, WORDS, Arm
-from data import STYLES, Scene, all_scenes, held_out_scenes, render, sample_scene
+from data import STYLES, Scene, all_scenes, held_out_scenes, render
 from evaluate import images_of, marks_of, summary
 from PIL import Image
 
@@ -49,12 +49,11 @@ GRAMMAR = {"a", "of", "on", "background"}
 def prepare(work: Path) -> None:
     """The captions and the image that arms train on: none of them held out."""
     work.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(7)
-    captions = [sample_scene(rng).caption for _ in range(2000)]
+    captions = (HERE / "captions.txt").read_text().splitlines()
     for name, count in (("captions.txt", 2000), ("captions100.txt", 100), ("captions10.txt", 10)):
         (work / name).write_text("\n".join(captions[:count]) + "\n")
     scene = next(found for found in all_scenes() if found.caption == ONE["prompt"])
-    Image.fromarray(render(scene, rng)).save(work / "rendered.png")
+    Image.fromarray(render(scene, np.random.default_rng(7))).save(work / "rendered.png")
 
 
 def scenes_of(arm: Arm, count: int) -> list[Scene]:

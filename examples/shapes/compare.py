@@ -1,4 +1,4 @@
-"""Draws the README's picture: teacher at 50 steps, Glance at 10, and the base at the same 10; same prompts and seeds.
+"""Draws the README's picture: what `evaluate.py` measures, with the same prompts and seeds in each row.
 
     python examples/shapes/compare.py            # writes docs/shapes.png
 

@@ -1,4 +1,4 @@
-"""Prompt accuracy of the demonstration model: the teacher at 50 steps, Glance at 10, and the base at the same 10.
+"""Prompt accuracy of the demonstration model: teacher, trajectory experts, Glance, and the base on Glance's steps.
 
     python examples/shapes/evaluate.py            # 500 held-out captions, three seeds; a quarter of an hour, two cores
 
@@ -27,9 +27,10 @@ from glance_trt.build import build
 
 HERE = Path(__file__).parent
 ARMS = {
-    "teacher, 50 steps": HERE / "recipes/teacher.yaml",
-    "Glance, 10 steps": HERE.parent.parent / "export/shapes.yaml",
-    "base, the same 10 steps": HERE / "recipes/base10.yaml",
+    "teacher, 100 evaluations": HERE / "recipes/teacher.yaml",
+    "trajectory experts, 10 evaluations": HERE.parent.parent / "export/shapes.yaml",
+    "Glance, 20 evaluations": HERE / "recipes/glance.yaml",
+    "base on Glance's steps, 20 evaluations": HERE / "recipes/base10.yaml",
 }
 
 

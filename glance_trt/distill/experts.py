@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glance_trt import __version__, strict
 from glance_trt.distill import checkpoint, data, files, fitting, loras, teacher
-from glance_trt.distill.base import Base, load_base
+from glance_trt.distill.base import Base, device_of, load_base
 from glance_trt.distill.data import Examples
 from glance_trt.distill.fitting import LossFunction
 from glance_trt.distill.ground_truth import Knots, ground_truth_loss, knots_of
@@ -53,14 +53,13 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Material:
-    """What all runs share: the UNet and its teacher, what they are trained on, and what identifies them."""
+    """What all runs share: the UNet and its teacher, and what they are trained on."""
 
     unet: UNet2DConditionModel
     teacher: Teacher
     examples: Examples
     scales: Tensor
     states: Tensor
-    identity: dict[str, Any]
 
 
 def train(
@@ -95,14 +94,21 @@ def train(
     runs = _runs(recipe, folder, out, config, table)
     for place in {work, *(file.parent for run in runs for file in run.parts)}:
         files.make_folder(place)
-    samples = samples or work / "samples"
-    material = _prepare(
-        load_base(folder / recipe.model), recipe, settings, given, config, work, samples, device, progress
-    )
+    base = load_base(folder / recipe.model)
+    digest = base.digest()
+    base.to(device)
+    model = teacher.open_teacher(base, recipe, config)
     chained = settings.method == "trajectory" and settings.on_policy
-    identities = [_identity(run, material, runs[:i] if chained else [], settings) for i, run in enumerate(runs)]
+    shared = _shared_identity(recipe, settings, given, config, digest, model)
+    identities = [_identity(run, shared, runs[:i] if chained else [], settings) for i, run in enumerate(runs)]
     trained = [run for run in runs if list(run.parts)]
     done = [_is_done(run.parts, identities[runs.index(run)], settings, overwrite) for run in trained]
+    results = [file for run in trained for file in run.parts]
+    if all(done):
+        return results
+    samples = samples or work / "samples"
+    material = _prepare(base, model, recipe, settings, given, digest, work, samples, progress)
+    del base  # its text encoder and VAE
     # What a bundle starts from: where the first step is skipped, that is not a state of the teacher's.
     seeds = range(settings.seed, settings.seed + len(material.states))
     entry = teacher.noise_of(seeds, material.states.shape[2:]).to(material.states) * table.initial_noise_scale
@@ -122,7 +128,7 @@ def train(
             predict = material.teacher.predict if guided else student
             entry = through(predict, _trajectories(run, material, entry), run.jumps)
         student.remove()
-    return [file for run in trained for file in run.parts]
+    return results
 
 
 def _checked(recipe: Recipe) -> Distill:
@@ -172,23 +178,47 @@ def _place(folder: Path, file: str, out: Path | None, name: str) -> Path:
     return folder / file if out is None else out / name
 
 
-def _prepare(
-    base: Base,
+def _shared_identity(
     recipe: Recipe,
     settings: Distill,
     given: data.Given,
     config: Mapping[str, Any],
+    digest: str,
+    model: Teacher,
+) -> dict[str, Any]:
+    """What the results of all phases depend on."""
+    left_out = ("images", "image", "prompts", "steps", "samples", "guidance")
+    return {
+        **{key: value for key, value in strict.write(settings).items() if key not in left_out},
+        **({"decay_steps": settings.steps} if settings.decay != "none" else {}),
+        "model": digest,
+        "captions": given.digest(),
+        "samples": _count(settings, given),
+        "guidance": strict.write(model.guidance),
+        "height": recipe.height,
+        "width": recipe.width,
+        "prediction_type": config.get("prediction_type", "epsilon"),
+    }
+
+
+def _count(settings: Distill, given: data.Given) -> int:
+    """How many images or trajectories are trained on."""
+    return len(given.images) or settings.samples or len(given.captions)
+
+
+def _prepare(
+    base: Base,
+    model: Teacher,
+    recipe: Recipe,
+    settings: Distill,
+    given: data.Given,
+    digest: str,
     work: Path,
     samples: Path,
-    device: str | None,
     progress: Progress,
 ) -> _Material:
-    """The text encoder and the VAE go with `base`, which nobody holds after this."""
-    digest = base.digest()
-    place = base.to(device)
-    model = teacher.open_teacher(base, recipe, config)
+    place, count = device_of(base.unet), _count(settings, given)
     embeds, empty = (data.encode_captions(base, captions) for captions in (given.captions, ("",)))
-    count = len(given.images) or settings.samples or len(given.captions)
     caption = torch.arange(count, device=place) % len(given.captions)
     by_trajectory = settings.method == "trajectory"
     has_guide = by_trajectory and any(phase.guide for phase in recipe.phases)
@@ -211,20 +241,8 @@ def _prepare(
             progress=progress,
         )
         _preview(base, states[:_SHOWN, -1], work / "samples.png")
-    left_out = ("images", "image", "prompts", "steps", "samples", "guidance")
-    identity = {
-        **{key: value for key, value in strict.write(settings).items() if key not in left_out},
-        **({"decay_steps": settings.steps} if settings.decay != "none" else {}),
-        "model": digest,
-        "captions": given.digest(),
-        "samples": count,
-        "guidance": strict.write(model.guidance),
-        "height": recipe.height,
-        "width": recipe.width,
-        "prediction_type": config.get("prediction_type", "epsilon"),
-    }
     examples = Examples(states[:, -1], embeds, caption, empty)
-    return _Material(base.unet, model, examples, scales, states, identity)
+    return _Material(base.unet, model, examples, scales, states)
 
 
 def _loss(
@@ -236,7 +254,7 @@ def _loss(
         count = config.get("num_train_timesteps", 1000)
         every = knots_of({**config, "steps_offset": 0}, count, tuple(range(1, count + 1)))
         return guidance_loss(student, material.teacher, material.examples, every, settings=settings)
-    kind = material.identity["prediction_type"]
+    kind = config.get("prediction_type", "epsilon")
     return ground_truth_loss(student, material.examples, run.knots, prediction_type=kind, settings=settings)
 
 
@@ -254,12 +272,12 @@ def _preview(base: Base, latents: Tensor, file: Path) -> None:
     files.write(file, lambda draft: Image.fromarray(pixels).save(draft, "PNG"))
 
 
-def _identity(run: _Run, material: _Material, before: list[_Run], settings: Distill) -> dict[str, Any]:
+def _identity(run: _Run, shared: Mapping[str, Any], before: list[_Run], settings: Distill) -> dict[str, Any]:
     """What a run's result depends on, but for the number of its own steps."""
     knots = {"timesteps": run.knots.timesteps.tolist(), "alphas_cumprod": run.knots.alphas_cumprod.tolist()}
     return {
         "phase": run.phase.name,
-        **material.identity,
+        **shared,
         **(knots if settings.method != "guidance" else {}),  # which is learned at all timesteps
         "after": [[run.phase.name, run.knots.timesteps.tolist(), settings.steps] for run in before],
     }

@@ -251,12 +251,20 @@ def test_an_interrupted_run_resumes_to_byte_identical_results(
 
 def test_progress_reports_every_step_of_every_stage(home: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     calls: list[tuple[str, float, float]] = []
-    distill.train(make_recipe(), home, work=tmp_path / "work", progress=lambda *call: calls.append(call))
+
+    def train() -> None:
+        distill.train(make_recipe(), home, work=tmp_path / "work", progress=lambda *call: calls.append(call))
+
+    train()
     assert calls == [
         *(("sample", step, 1) for step in range(2)),
         *(("train slow", step, 3) for step in range(4)),
         *(("train fast", step, 3) for step in range(4)),
     ]
+    calls.clear()
+    shutil.rmtree(tmp_path / "work", ignore_errors=True)  # not even the samples are needed again
+    train()
+    assert calls == []
 
 
 class Watched:
