@@ -155,8 +155,9 @@ def _check(files: Sequence[Path], sheet: Path | None, overwrite: bool, bundle: P
     if sheet in files:
         raise InputError(f"--sheet {sheet}: an image goes there already; give another name")
     outputs = dict.fromkeys(files, "-o") | ({sheet: "--sheet"} if sheet else {})
+    inside = [folder for folder in {file.parent for file in outputs} if folder.resolve() == bundle.resolve()]
     for file, option in outputs.items():
-        if file.parent.resolve() == bundle.resolve():
+        if file.parent in inside:
             raise OutputError(f"{file}: is inside the bundle, which holds no other files; give another {option}")
         if os.path.lexists(file) and not overwrite:
             raise OutputError(f"{file} exists; give --overwrite or another {option}")

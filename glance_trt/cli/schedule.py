@@ -80,14 +80,13 @@ def command(
     for file in filter(None, (output, plot)):
         files.make_folder(file.parent)
     captions: Sequence[str]
-    if prompts:
-        captions = read_prompts(prompts)
-    elif plan.distill:
-        with recipes.naming(recipe):
-            captions = data.read(plan.distill, plan, folder).captions
-    else:
-        raise RecipeError(f"{recipe}: has no prompts under distill; give --prompts")
     with bars() as progress, recipes.naming(recipe):
+        if prompts:
+            captions = read_prompts(prompts)
+        elif plan.distill:
+            captions = data.read(plan.distill, plan, folder).captions
+        else:
+            raise RecipeError("has no prompts under distill; give --prompts")
         found = search.search(
             plan,
             folder,

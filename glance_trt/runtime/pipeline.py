@@ -93,23 +93,22 @@ class Pipeline:
         """Open a bundle and check the files that `target` needs.
 
         target: one of the bundle's; by default the first that runs here. threads: for engines that run on the CPU, by
-        default as many as there are cores. Raises `BundleError` or `TargetError`.
+        default as many as there are cores. Raises `BundleError`, `TargetError` or `InputError`.
         """
         if threads is not None and not 1 <= threads <= _MOST_THREADS:
             raise InputError(f"threads: expected 1 to {_MOST_THREADS}, got {threads}")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         engines = bundle.manifest.engines
+        have = ", ".join(engines) or "none"
         if target is None:
             target = next((name for name, item in engines.items() if item.backend == "onnxruntime"), None)
             if target is None:
-                have = ", ".join(engines) or "none"
                 raise TargetError(
                     f"{bundle.directory}: this version runs ONNX Runtime engines only, and the bundle has {have}; "
                     "build it with the engine cpu too"
                 )
         if target not in engines:
-            have = ", ".join(engines) or "none"
             raise TargetError(f"target {target!r}: this bundle has engines for {have}")
         bundle.check(bundle.manifest.engine_files(target))
         return cls(bundle, target, open_runner(bundle, target, threads=threads))
