@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from glance_trt import hashing
+from glance_trt import hashing, records
 from glance_trt.errors import BundleError
 
 FALSE = "f" * 64
@@ -195,12 +195,12 @@ def test_the_record_forgets_its_oldest_entries(large: Path, record: Path) -> Non
 
 
 def test_the_cache_folder_honours_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hashing.cache_folder() == tmp_path / "cache" / "glance-trt"
+    assert records.folder() == tmp_path / "cache" / "glance-trt"
     monkeypatch.setenv("HOME", str(tmp_path))
     for ignored in ("", "relative/path"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
-        assert hashing.cache_folder().is_relative_to(tmp_path)
-        assert hashing.cache_folder().name == "glance-trt"
+        assert records.folder().is_relative_to(tmp_path)
+        assert records.folder().name == "glance-trt"
 
 
 def test_a_user_without_a_home_only_loses_time(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_a_user_without_a_home_only_loses_time(large: Path, monkeypatch: pytest.
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(FileNotFoundError, match="no home folder; set XDG_CACHE_HOME"):
-        hashing.cache_folder()
+        records.folder()
     assert hashing.sha256_of_file(large) == true_hash(large)
 
 

@@ -1,0 +1,39 @@
+"""Which compiled engines this user trusts: the plans that were built here, and those that they said yes to.
+
+A TensorRT plan is native code, so opening one runs whatever its maker put in it. What is built here is remembered by its
+SHA-256, in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from glance_trt import hashing, records
+from glance_trt.errors import BundleError, TargetError
+
+_RECORD = "trusted.json"
+
+
+def remember(sha256s: Iterable[str]) -> None:
+    """Trust engines of these hashes from now on. A record that cannot be written costs a question later, no more."""
+    records.add(_RECORD, dict.fromkeys(sha256s, ""))
+
+
+def read(path: Path, sha256: str, *, trusted: bool = False) -> bytes:
+    """The bytes of a plan, which have this SHA-256, from the one file that was opened.
+
+    trusted: whether the user vouches for a plan that was not built here. Raises `BundleError` where the hash differs,
+    and `TargetError` for a plan that nobody vouches for.
+    """
+    with hashing.open_regular(path) as file:
+        plan = file.read()
+    if hashlib.sha256(plan).hexdigest() != sha256:
+        raise BundleError(f"{path}: altered: its SHA-256 is not the manifest's; build the bundle again")
+    if not trusted and sha256 not in records.load(_RECORD):
+        raise TargetError(
+            f"{path}: a plan is native code, and this one was not built here by you. If you trust where it comes from, "
+            "give --trust; else compile it anew from the graphs beside it: glance-trt compile BUNDLE"
+        )
+    return plan
