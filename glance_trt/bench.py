@@ -20,8 +20,9 @@ from glance_trt.duel import Duel, cold_start, peer_name, steady_state
 from glance_trt.errors import InputError
 from glance_trt.progress import Progress, silent
 from glance_trt.prompts import PromptTruncated
+from glance_trt.runtime.chain import Call, Chained, in_turn
 from glance_trt.runtime.pipeline import Pipeline
-from glance_trt.runtime.runners import Runner
+from glance_trt.runtime.runners import ChainRunner
 
 PROMPT = "a photograph"
 """Where no recipe gives one."""
@@ -107,9 +108,9 @@ def measure(
 
 
 class _Stopwatch:
-    """A `Runner` that notes the seconds that another one takes, by graph."""
+    """A `ChainRunner` that notes the seconds that another one takes, by graph."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: ChainRunner) -> None:
         self._runner = runner
         self.seconds: list[tuple[str, float]] = []
 
@@ -118,6 +119,11 @@ class _Stopwatch:
         outputs = self._runner.run(graph, inputs)
         self.seconds.append((graph, time.perf_counter() - start))
         return outputs
+
+    def chain(
+        self, calls: Sequence[Call], values: Mapping[str, Any], wanted: Sequence[str], *, on_device: bool = False
+    ) -> Chained:
+        return in_turn(self.run, calls, values, wanted)
 
     def close(self) -> None:
         self._runner.close()

@@ -45,7 +45,7 @@ class Worker:
 
     def __init__(self, what: str, environment: Mapping[str, str] | None = None) -> None:
         self._what = what
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115: `__exit__` closes it
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (`__exit__` closes it)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "glance_trt.worker"],
             stdin=subprocess.PIPE,

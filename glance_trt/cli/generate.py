@@ -36,6 +36,11 @@ _MOST = 100_000  # images of a prompt; all their names are checked before the fi
 @click.option("--schedule", help="One of the bundle's schedules. Default: its first.")
 @click.option("--target", help="One of the bundle's targets. Default: the first that runs here.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: one per core.")
+@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="GPU, as CUDA counts them.")
+@click.option("--trust", is_flag=True, help="Open TensorRT plans that were not built here: they are native code.")
+@click.option(
+    "--low-memory", is_flag=True, help="Hold one phase at a time, and take all images of a prompt through it."
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Images denoised at once.")
 @click.option(
     "-o",
@@ -59,6 +64,9 @@ def command(
     schedule: str | None,
     target: str | None,
     threads: int | None,
+    device: int,
+    trust: bool,
+    low_memory: bool,
     batch_size: int,
     output: Path,
     sheet: Path | None,
@@ -81,7 +89,7 @@ def command(
     _check(files, sheet, overwrite, bundle)
     made: list[Image] = []
     with (
-        Pipeline.open(bundle, target, threads=threads) as pipeline,
+        Pipeline.open(bundle, target, threads=threads, device=device, trust=trust, low_memory=low_memory) as pipeline,
         _folders({file.parent for file in (*files, *([sheet] if sheet else []))}),
         bars() as progress,
     ):
@@ -89,6 +97,9 @@ def command(
         settings = pipeline.settings(negative_prompt=negative_prompt, guidance_scale=guidance, schedule=schedule)
         click.echo(f"seed {seed}", err=True)
         done, total = 0, len(files) * settings.steps
+        # On a GPU an image is one launch, and to be asked after every step would cost it that.
+        watched = not low_memory and pipeline.bundle.manifest.engines[pipeline.target].backend == "onnxruntime"
+        at_once = count if low_memory else batch_size
 
         def on_step(result: StepResult) -> None:
             nonlocal done
@@ -97,17 +108,20 @@ def command(
 
         progress("generate", 0, total)
         for i, prompt in enumerate(prompts):
-            for start in range(0, count, batch_size):
+            for start in range(0, count, at_once):
                 images = pipeline.generate(
                     prompt,
                     seed=seed + start,
-                    count=min(batch_size, count - start),
+                    count=min(at_once, count - start),
                     negative_prompt=negative_prompt,
                     guidance_scale=guidance,
                     schedule=schedule,
                     batch_size=batch_size,
-                    on_step=on_step,
+                    on_step=on_step if watched else None,
                 )
+                if not watched:
+                    done += len(images) * settings.steps
+                    progress("generate", done, total)
                 for j, image in enumerate(images, start):
                     parameters = GenerationParameters(
                         prompt=prompt,

@@ -20,13 +20,13 @@ from glance_trt import limits
 from glance_trt.bundle import Bundle
 from glance_trt.errors import InputError, TargetError
 from glance_trt.prompts import PromptTruncated
+from glance_trt.runtime.chain import Call, by_graph
 from glance_trt.runtime.noise import initial_latents
-from glance_trt.runtime.runners import Runner, open_runner
+from glance_trt.runtime.runners import ChainRunner, open_runner, unrunnable
 from glance_trt.runtime.tokenizing import Tokenizer
 
-Arrays = dict[str, NDArray[Any]]
-Values = dict[tuple[str, str], NDArray[Any]]
-"""By the two parts of a port's source, such as ``("condition", "prompt_embeds")``."""
+Values = dict[str, NDArray[Any]]
+"""By the names that `Pipeline._calls` gives them, such as ``condition.prompt_embeds`` and ``timestep.3``."""
 
 _CACHED_PROMPTS = 64
 _DEFAULT_BATCH = 4
@@ -73,9 +73,9 @@ class Pipeline:
     thread-safe, and a cache of prompt embeddings, which is locked.
     """
 
-    def __init__(self, bundle: Bundle, target: str, runner: Runner) -> None:
+    def __init__(self, bundle: Bundle, target: str, runner: ChainRunner, *, low_memory: bool = False) -> None:
         self.bundle, self.target = bundle, target
-        self.runner = runner
+        self.runner, self._low_memory = runner, low_memory
         manifest = bundle.manifest
         self._tokenizers = {
             name: Tokenizer(bundle.path(item.file), max_length=item.max_length, pad_token_id=item.pad_token_id)
@@ -85,33 +85,39 @@ class Pipeline:
             graph: [(port.name, *port.source.partition(".")[::2]) for port in item.inputs]
             for graph, item in manifest.graphs.items()
         }
-        self._embeddings: OrderedDict[bytes, Arrays] = OrderedDict()
+        self._embeddings: OrderedDict[bytes, dict[str, NDArray[Any]]] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, bundle: str | Path | Bundle, target: str | None = None, *, threads: int | None = None) -> Pipeline:
+    def open(
+        cls,
+        bundle: str | Path | Bundle,
+        target: str | None = None,
+        *,
+        threads: int | None = None,
+        device: int = 0,
+        stream: object | None = None,
+        trust: bool = False,
+        low_memory: bool = False,
+    ) -> Pipeline:
         """Open a bundle and check the files that `target` needs.
 
         target: one of the bundle's; by default the first that runs here. threads: for engines that run on the CPU, by
-        default as many as there are cores. Raises `BundleError`, `TargetError` or `InputError`.
+        default as many as there are cores. device: the GPU, as CUDA counts them. stream: the CUDA stream that engines
+        run in, any object with ``__cuda_stream__``; by default one of the pipeline's own. trust: open plans that were
+        not built here. low_memory: hold the engines of one phase at a time; `generate` then takes all images through
+        one phase before the next. Raises `BundleError`, `TargetError` or `InputError`.
         """
         if threads is not None and not 1 <= threads <= _MOST_THREADS:
             raise InputError(f"threads: expected 1 to {_MOST_THREADS}, got {threads}")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
-        engines = bundle.manifest.engines
-        have = ", ".join(engines) or "none"
-        if target is None:
-            target = next((name for name, item in engines.items() if item.backend == "onnxruntime"), None)
-            if target is None:
-                raise TargetError(
-                    f"{bundle.directory}: this version runs ONNX Runtime engines only, and the bundle has {have}; "
-                    "build it with the engine cpu too"
-                )
-        if target not in engines:
-            raise TargetError(f"target {target!r}: this bundle has engines for {have}")
+        target = _choose(bundle, target)
         bundle.check(bundle.manifest.engine_files(target))
-        return cls(bundle, target, open_runner(bundle, target, threads=threads))
+        runner = open_runner(
+            bundle, target, threads=threads, device=device, stream=stream, trust=trust, one_at_a_time=low_memory
+        )
+        return cls(bundle, target, runner, low_memory=low_memory)
 
     def generate(
         self,
@@ -136,13 +142,39 @@ class Pipeline:
         settings = self.settings(negative_prompt=negative_prompt, guidance_scale=guidance_scale, schedule=schedule)
         latents = self._noise(settings, seed, count)
         conditions = self._conditions(prompt, settings)
-        images: list[Image.Image] = []
-        for start in range(0, count, batch_size):
-            for result in self._denoise(latents[start : start + batch_size], conditions, settings):
-                if on_step:
-                    on_step(result)
-            images += [Image.fromarray(pixels) for pixels in self.decode(result.latents)]
-        return images
+        batches = [latents[start : start + batch_size] for start in range(0, count, batch_size)]
+        if on_step:
+            pixels = [self._watched(batch, conditions, settings, on_step) for batch in batches]
+        else:
+            pixels = self._chained(batches, conditions, settings)
+        return [Image.fromarray(image) for batch in pixels for image in batch]
+
+    def pixels(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        count: int = 1,
+        latents: Any = None,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        schedule: str | None = None,
+    ) -> Any:
+        """A batch of images [B, height, width, 3] uint8, left where the engines run; other libraries take it by DLPack.
+
+        latents: to start from in place of the seed's noise, [B, C, H, W] float32, of NumPy or any library with DLPack.
+        On a GPU the result is ready when the pipeline's stream comes to what is enqueued next; consumers that follow
+        the DLPack protocol wait for that. The other arguments are as in `generate`.
+        """
+        settings = self.settings(negative_prompt=negative_prompt, guidance_scale=guidance_scale, schedule=schedule)
+        start = self._noise(settings, seed, count) if latents is None else latents
+        shape = tuple(start.shape)
+        if len(shape) != 4 or shape[1:] != self.bundle.manifest.image.latent_shape:
+            expected = ", ".join(map(str, self.bundle.manifest.image.latent_shape))
+            raise InputError(f"latents: expected [B, {expected}], got {list(shape)}")
+        calls = self._calls(settings.schedule)
+        values = self._values(len(start), self._conditions(prompt, settings), settings) | {"latents.0": start}
+        return self.runner.chain(calls, values, ["pixels"], on_device=True).values["pixels"]
 
     def steps(
         self,
@@ -192,14 +224,14 @@ class Pipeline:
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
         """latents [B, C, H, W] float32 to pixels [B, height, width, 3] uint8."""
-        return self._run("decoder", {("latents", ""): latents})
+        return self._run(self._call("decoder", "pixels", "latents"), {"latents": latents})
 
-    def encode(self, prompt: str, *, name: str = "prompt") -> Arrays:
+    def encode(self, prompt: str, *, name: str = "prompt") -> dict[str, NDArray[Any]]:
         """The text encoder's outputs for one prompt, by name, each [1, ...]; shared and therefore read-only.
 
         `name` is what errors and warnings call the prompt. Raises `InputError`.
         """
-        feeds: Arrays = {}
+        feeds: dict[str, NDArray[Any]] = {}
         for port, _, tokenizer in self._sources["text_encoder"]:
             try:
                 encoded = self._tokenizers[tokenizer].encode(prompt)
@@ -242,34 +274,95 @@ class Pipeline:
         return {kind for phase in phases for _, kind, _ in self._sources[f"denoiser.{phase}"]}
 
     def _conditions(self, prompt: str, settings: Settings) -> Values:
-        """The values that stay the same over the steps, for one image."""
+        """The text encoder's outputs, for one image."""
         if isinstance(prompt, str) and not prompt.strip():
             raise InputError("prompt: empty; say what the image should show")
-        values = {("condition", name): value for name, value in self.encode(prompt).items()}
+        values = {f"condition.{name}": value for name, value in self.encode(prompt).items()}
         if "negative" in self._kinds(settings.schedule):
             encoded = self.encode(settings.negative_prompt, name="negative prompt")
-            values |= {("negative", name): value for name, value in encoded.items()}
+            values |= {f"negative.{name}": value for name, value in encoded.items()}
         return values
 
     def _noise(self, settings: Settings, seed: int, count: int) -> NDArray[np.float32]:
         scale = self.bundle.manifest.schedules[settings.schedule].initial_noise_scale
         return initial_latents(self.bundle.manifest.image.latent_shape, seed, count) * np.float32(scale)
 
-    def _denoise(self, latents: NDArray[np.float32], conditions: Values, settings: Settings) -> Iterator[StepResult]:
-        values = {source: np.repeat(value, len(latents), axis=0) for source, value in conditions.items()}
-        values["guidance_scale", ""] = np.array(settings.guidance_scale, np.float32)
-        table = self.bundle.manifest.schedules[settings.schedule]
-        for index, step in enumerate(table.steps, start=1):
-            start = time.perf_counter()
-            values["latents", ""] = latents
-            values["table", "timestep"] = np.array(step.timestep, np.float32)
-            values["table", "coefficients"] = np.array(step.coefficients, np.float32)
-            latents = self._run(f"denoiser.{step.phase}", values)
-            yield StepResult(index, step.phase, latents, (time.perf_counter() - start) * 1e3)
+    def _values(self, batch: int, conditions: Values, settings: Settings) -> Values:
+        """All that the calls of a schedule take, but the latents."""
+        values = {name: np.repeat(value, batch, axis=0) for name, value in conditions.items()}
+        values["guidance_scale"] = np.array(settings.guidance_scale, np.float32)
+        for i, step in enumerate(self.bundle.manifest.schedules[settings.schedule].steps):
+            values[f"timestep.{i}"] = np.array(step.timestep, np.float32)
+            values[f"coefficients.{i}"] = np.array(step.coefficients, np.float32)
+        return values
 
-    def _run(self, graph: str, values: Values) -> NDArray[Any]:
-        feeds = {name: values[kind, rest] for name, kind, rest in self._sources[graph]}
-        return next(iter(self.runner.run(graph, feeds).values()))
+    def _calls(self, schedule: str) -> list[Call]:
+        """The graphs of a whole image: the steps of a schedule, from ``latents.0`` on, and the decoder."""
+        steps = self.bundle.manifest.schedules[schedule].steps
+        calls = [
+            self._call(f"denoiser.{step.phase}", f"latents.{i + 1}", f"latents.{i}", i) for i, step in enumerate(steps)
+        ]
+        return [*calls, self._call("decoder", "pixels", f"latents.{len(steps)}")]
+
+    def _call(self, graph: str, output: str, latents: str, step: int = 0) -> Call:
+        def name(kind: str, rest: str) -> str:
+            if kind == "latents":
+                return latents
+            return f"{rest}.{step}" if kind == "table" else f"{kind}.{rest}" if rest else kind
+
+        inputs = tuple((port, name(kind, rest)) for port, kind, rest in self._sources[graph])
+        return Call(graph, inputs, ((self.bundle.manifest.graphs[graph].outputs[0].name, output),))
+
+    def _chained(
+        self, batches: list[NDArray[np.float32]], conditions: Values, settings: Settings
+    ) -> list[NDArray[np.uint8]]:
+        """Batches of noise to pixels, nothing leaving the engines' device in between, or with `low_memory` only where
+        the phase changes."""
+        values = {size: self._values(size, conditions, settings) for size in {len(batch) for batch in batches}}
+        calls, first = self._calls(settings.schedule), "latents.0"
+        found: list[NDArray[Any]] = list(batches)
+        for part in by_graph(calls) if self._low_memory else [calls]:
+            last = part[-1].outputs[0][1]
+            found = [
+                self.runner.chain(part, values[len(batch)] | {first: batch}, [last]).values[last] for batch in found
+            ]
+            first = last
+        return found
+
+    def _watched(
+        self, latents: NDArray[np.float32], conditions: Values, settings: Settings, on_step: OnStep
+    ) -> NDArray[np.uint8]:
+        for result in self._denoise(latents, conditions, settings):
+            on_step(result)
+        return self.decode(result.latents)
+
+    def _denoise(self, latents: NDArray[np.float32], conditions: Values, settings: Settings) -> Iterator[StepResult]:
+        values = self._values(len(latents), conditions, settings)
+        steps = self.bundle.manifest.schedules[settings.schedule].steps
+        for i, (step, call) in enumerate(zip(steps, self._calls(settings.schedule), strict=False)):
+            start = time.perf_counter()
+            latents = self._run(call, values | {f"latents.{i}": latents})
+            yield StepResult(i + 1, step.phase, latents, (time.perf_counter() - start) * 1e3)
+
+    def _run(self, call: Call, values: Values) -> NDArray[Any]:
+        feeds = {port: values[name] for port, name in call.inputs}
+        return self.runner.run(call.graph, feeds)[call.outputs[0][0]]
+
+
+def _choose(bundle: Bundle, target: str | None) -> str:
+    """The target to run: the one asked for, or the first that runs here. Raises `TargetError`."""
+    engines = bundle.manifest.engines
+    if target is None:
+        reasons = {}
+        for name, item in engines.items():
+            if (reason := unrunnable(item)) is None:
+                return name
+            reasons[name] = reason
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items()) or " none"
+        raise TargetError(f"{bundle.directory}: none of its targets runs here:{listed}")
+    if target not in engines:
+        raise TargetError(f"target {target!r}: this bundle has engines for {', '.join(engines) or 'none'}")
+    return target
 
 
 def _is_float32(value: Any) -> bool:

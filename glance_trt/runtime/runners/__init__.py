@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from glance_trt import trust as plans
 from glance_trt.bundle import Bundle
 from glance_trt.errors import TargetError
+from glance_trt.runtime.chain import Call, Chained
+from glance_trt.runtime.runners.needs import unrunnable
+
+__all__ = ["ChainRunner", "Runner", "open_runner", "unrunnable"]
 
 
 class Runner(Protocol):
@@ -22,16 +27,57 @@ class Runner(Protocol):
         """Release the engines. The runner cannot be used afterwards."""
 
 
-def open_runner(bundle: Bundle, target: str, *, threads: int | None = None) -> Runner:
-    """A runner for one of the bundle's targets, whose files have been checked. Raises `TargetError`."""
+class ChainRunner(Runner, Protocol):
+    """One that runs whole images."""
+
+    def chain(
+        self, calls: Sequence[Call], values: Mapping[str, Any], wanted: Sequence[str], *, on_device: bool = False
+    ) -> Chained:
+        """Run calls one after the other, from the given values to the wanted ones, whatever is between them staying
+        where the engines run. on_device: leave the wanted ones there too; arrays of the host where engines run on it.
+        """
+
+
+def open_runner(
+    bundle: Bundle,
+    target: str,
+    *,
+    threads: int | None = None,
+    device: int = 0,
+    stream: object | None = None,
+    trust: bool = False,
+    one_at_a_time: bool = False,
+) -> ChainRunner:
+    """A runner for one of the bundle's targets, whose files have been checked; arguments as in `Pipeline.open`.
+
+    Raises `TargetError`.
+    """
     engines = bundle.manifest.engines[target]
+    if reason := unrunnable(engines):
+        raise TargetError(f"{target}: {reason}")
     files = {graph: engine.file for graph, engine in engines.graphs.items()}
     if engines.backend == "onnxruntime":
-        from glance_trt.runtime.runners.onnxruntime import OnnxRuntimeRunner, check_requirements
+        from glance_trt.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
-        check_requirements(target, engines.requires)
-        return OnnxRuntimeRunner(bundle.directory, files, threads=threads)
-    raise TargetError(
-        f"target {target!r}: its {engines.backend} engines can be built and opened with {engines.backend}'s own tools, "
-        "but this version runs ONNX Runtime engines only"
-    )
+        return OnnxRuntimeRunner(bundle.directory, files, threads=threads, one_at_a_time=one_at_a_time)
+
+    from glance_trt.runtime.runners.cuda import Cuda
+    from glance_trt.runtime.runners.on_device import DeviceRunner, Engine
+
+    gpu = Cuda(device, stream)
+
+    def open_engine(graph: str) -> Engine:
+        file = files[graph]
+        if engines.backend == "onnxruntime-gpu":
+            from glance_trt.runtime.runners.onnxruntime_device import OnnxRuntimeEngine
+
+            provider = engines.requires["provider"]
+            return OnnxRuntimeEngine(
+                bundle.path(file), name=graph, provider=provider, ordinal=device, stream=gpu.stream
+            )
+        from glance_trt.runtime.runners.tensorrt import TensorRTEngine
+
+        plan = plans.read(bundle.path(file), bundle.manifest.files[file].sha256, trusted=trust)
+        return TensorRTEngine(engines.backend, plan, name=graph, stream=gpu.stream)
+
+    return DeviceRunner(gpu, open_engine, files, one_at_a_time=one_at_a_time)

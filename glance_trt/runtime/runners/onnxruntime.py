@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glance_trt.errors import BundleError, InputError, TargetError
+from glance_trt.runtime.chain import Call, Chained, in_turn
 
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
-_DTYPES = {
+DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(double)": "float64",
@@ -41,15 +42,16 @@ def requirements() -> dict[str, str]:
     other weights follow the CPU: on another one, the same file gives wrong numbers without an error. Raises
     `TargetError` if ONNX Runtime is not installed.
     """
-    return {"onnxruntime": str(_onnxruntime().__version__), "cpu": _cpu()}
+    return {"onnxruntime": str(import_onnxruntime().__version__), "cpu": _cpu()}
 
 
-def check_requirements(name: str, built_for: Mapping[str, str]) -> None:
-    """Raise `TargetError` where engines, called `name`, were built for something else than is here."""
+def unmet(built_for: Mapping[str, str]) -> str | None:
+    """Why engines that were built for this cannot run here; None if they can. Raises `TargetError` as above."""
     for key, here in requirements().items():
         if (there := built_for.get(key, here)) != here:
             pin = f"pip install {key}=={there}, or " if key == "onnxruntime" else ""
-            raise TargetError(f"{name}: built for {key} {there}, but this is {here}; {pin}{_AGAIN}")
+            return f"built for {key} {there}, but this is {here}; {pin}{_AGAIN}"
+    return None
 
 
 class OnnxRuntimeRunner:
@@ -58,12 +60,15 @@ class OnnxRuntimeRunner:
     Sessions are opened at their first use, and with that of a denoiser's phase those of the other phases.
 
     directory: where the engines and their weights lie. engines: graph name -> file name. threads: that compute one
-    graph, by default as many as there are cores.
+    graph, by default as many as there are cores. one_at_a_time: keep only the session that runs.
     """
 
-    def __init__(self, directory: Path, engines: Mapping[str, str], *, threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, engines: Mapping[str, str], *, threads: int | None = None, one_at_a_time: bool = False
+    ) -> None:
         self._directory, self._engines, self._threads = directory, dict(engines), threads
-        self._options = _onnxruntime().RunOptions()
+        self._one_at_a_time = one_at_a_time
+        self._options = import_onnxruntime().RunOptions()
         # Each session has its own arena. Shrinking it after every run keeps the peak of a whole image at that of its
         # largest graph, instead of the sum over all, for 1 to 3 % of a step's time.
         self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -86,6 +91,12 @@ class OnnxRuntimeRunner:
             raise TargetError(f"{graph}: ONNX Runtime could not run {self._engines[graph]}: {_first(error)}") from None
         return {output.name: result for output, result in zip(session.get_outputs(), results, strict=True)}
 
+    def chain(
+        self, calls: Sequence[Call], values: Mapping[str, Any], wanted: Sequence[str], *, on_device: bool = False
+    ) -> Chained:
+        """See `Runner.chain`."""
+        return in_turn(self.run, calls, {name: _array(value) for name, value in values.items()}, wanted)
+
     def close(self) -> None:
         """Release the engines. The runner cannot be used afterwards."""
         with self._opening:
@@ -99,6 +110,8 @@ class OnnxRuntimeRunner:
             if graph not in self._engines:
                 raise TargetError(f"{graph}: no such engine; this target has {', '.join(self._engines) or 'none'}")
             if graph not in self._sessions:
+                if self._one_at_a_time:
+                    self._sessions.clear()
                 self._open_phases(graph)
             return self._sessions[graph]
 
@@ -110,7 +123,7 @@ class OnnxRuntimeRunner:
         """
         kind = graph.partition(".")[0]
         names = [name for name in self._engines if name.partition(".")[0] == kind and name not in self._sessions]
-        if len(names) == 1 or self._threads == 1:
+        if len(names) == 1 or self._threads == 1 or self._one_at_a_time:
             self._sessions[graph] = self._open(self._engines[graph])
             return
         with ThreadPoolExecutor(self._threads) as pool:
@@ -119,7 +132,7 @@ class OnnxRuntimeRunner:
         opened[graph].result()  # raises what is wrong with it; what is wrong with another is raised when that is used
 
     def _open(self, file: str) -> Any:
-        ort, path = _onnxruntime(), self._directory / file
+        ort, path = import_onnxruntime(), self._directory / file
         if not path.is_file():
             raise BundleError(f"{file}: missing in {self._directory}; {_AGAIN}")
         options = ort.SessionOptions()
@@ -142,16 +155,23 @@ class OnnxRuntimeRunner:
                 f"{file}: ONNX Runtime {ort.__version__} cannot load it: {_first(error)}. It is damaged, or was built "
                 f"for another version: check it with glance-trt verify, or {_AGAIN}"
             ) from None
-        check_requirements(file, dict.fromkeys(requirements(), "unknown") | session.get_modelmeta().custom_metadata_map)
+        built_for = dict.fromkeys(requirements(), "unknown") | session.get_modelmeta().custom_metadata_map
+        if reason := unmet(built_for):
+            raise TargetError(f"{file}: {reason}")
         return session
 
 
-def _onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The module. Raises `TargetError` where it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:
         raise TargetError(f"ONNX Runtime is not installed ({error}): pip install 'glance-trt[cpu]'") from None
     return onnxruntime
+
+
+def _array(value: Any) -> NDArray[Any]:
+    return np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else np.from_dlpack(value)
 
 
 def _cpu() -> str:
@@ -179,18 +199,19 @@ def _check(graph: str, ports: list[Any], arrays: Mapping[str, NDArray[Any]]) -> 
     sizes: dict[str, tuple[int, str]] = {}
     for port in ports:
         array = arrays[port.name]
-        got, dtype = f"got {port.name} {_shown(array.shape)}", _DTYPES.get(port.type, port.type)
+        got, dtype = f"got {port.name} {shown(array.shape)}", DTYPES.get(port.type, port.type)
         if array.dtype != dtype:
             raise InputError(f"{graph}: {got} {array.dtype}; this engine takes {dtype}")
-        if not _fits(port.shape, array.shape):
-            raise InputError(f"{graph}: {got}; this engine takes {_shown(port.shape)}")
+        if not fits(port.shape, array.shape):
+            raise InputError(f"{graph}: {got}; this engine takes {shown(port.shape)}")
         for dim, size in zip(port.shape, array.shape, strict=True):
             if isinstance(dim, str) and sizes.setdefault(dim, (size, port.name))[0] != size:
                 other = sizes[dim][1]
-                raise InputError(f"{graph}: {got} and {other} {_shown(arrays[other].shape)}; they differ in {dim}")
+                raise InputError(f"{graph}: {got} and {other} {shown(arrays[other].shape)}; they differ in {dim}")
 
 
-def _fits(shape: list[int | str | None], got: tuple[int, ...]) -> bool:
+def fits(shape: list[int | str | None], got: tuple[int, ...]) -> bool:
+    """Whether a shape is one that a port of ONNX Runtime takes; ``8*h`` takes multiples of 8."""
     if len(shape) != len(got):
         return False
     for dim, size in zip(shape, got, strict=True):
@@ -201,7 +222,8 @@ def _fits(shape: list[int | str | None], got: tuple[int, ...]) -> bool:
     return 0 not in got
 
 
-def _shown(shape: tuple[int, ...] | list[int | str | None]) -> str:
+def shown(shape: tuple[int, ...] | list[int | str | None]) -> str:
+    """A shape as errors show it."""
     return "(" + ",".join("?" if dim is None else str(dim) for dim in shape) + ")"
 
 

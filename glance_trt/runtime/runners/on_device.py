@@ -1,0 +1,401 @@
+"""Runs chains of engines on a device whose memory is not the host's.
+
+What an image needs goes there in one copy and the result comes back in one; between them everything stays on the
+device. The second time that the same chain runs over the same shapes it is captured, and from then on an image is a
+single launch. All engines share one block of scratch memory, since they never run at once.
+
+A backend gives engines, a device gives memory, copies and a stream; both are protocols, so that tests run all of this
+on the host.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from glance_trt.errors import InputError, TargetError
+from glance_trt.runtime.chain import Arrays, Call, Chained, needed
+from glance_trt.runtime.runners import layout
+
+_KEPT = 8
+"""Chains whose buffers and captured graphs are kept: one for each batch size and schedule in use."""
+
+
+class NotCaptured(Exception):
+    """Work that was to be captured cannot be."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of a value."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size, bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Memory(Protocol):
+    """A block of memory, freed by `close`."""
+
+    address: int
+
+    @property
+    def array(self) -> NDArray[np.uint8]:
+        """Its bytes, where the host can reach them."""
+
+    def close(self) -> None: ...
+
+
+class Device(Protocol):
+    """A device and one stream on it. Copies, marks and launches are put into the stream and return at once."""
+
+    stream: int
+
+    def activate(self) -> None:
+        """Make it the calling thread's device."""
+
+    def allocate(self, nbytes: int) -> Memory:
+        """Memory of the device."""
+
+    def pinned(self, nbytes: int) -> Memory:
+        """Memory of the host that copies can run from."""
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy bytes between any two addresses."""
+
+    def mark(self, index: int, *, capturing: bool) -> None:
+        """Note the time at which the stream comes to this point, under a number."""
+
+    def milliseconds(self, first: int, last: int) -> float:
+        """The time between two marks that the stream has passed."""
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """What `enqueue` puts into the stream, as something that can be launched again and again. Raises
+        `NotCaptured`; the stream is as before then."""
+
+    def synchronize(self) -> None:
+        """Wait for the stream."""
+
+    def share(self, memory: Memory, spec: Spec) -> DeviceArray:
+        """An array over memory of the device, which it closes when it goes."""
+
+    def take(self, array: Any) -> DeviceArray:
+        """Another library's array on this device, through DLPack; the stream waits for what made it."""
+
+    def close(self) -> None:
+        """Release the device's own resources."""
+
+
+class DeviceArray(Protocol):
+    """An array in a device's memory, contiguous, for other libraries through DLPack."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def spec(self) -> Spec: ...
+
+    def __dlpack__(self, **options: Any) -> object: ...
+
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+
+class Binding(Protocol):
+    """An engine made ready for inputs of certain shapes."""
+
+    @property
+    def outputs(self) -> Mapping[str, Spec]: ...
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of memory that it needs while it runs."""
+
+    def capturable(self) -> bool:
+        """Whether what `enqueue` does may be captured."""
+
+    def enqueue(self, addresses: Mapping[str, int], scratch: int) -> None:
+        """Put one run into the stream, with the addresses of inputs, outputs and scratch memory."""
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """An engine, opened."""
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]: ...
+
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Binding:
+        """Raises `InputError` for shapes that it does not take."""
+
+    def close(self) -> None: ...
+
+
+class DeviceRunner:
+    """A `Runner` over engines of a device. Calls from several threads take turns.
+
+    open_engine: opens the engine of a graph, at its first use. one_at_a_time: keep only the engines that the chain at
+    hand uses, so that memory holds one phase at a time.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        open_engine: Callable[[str], Engine],
+        graphs: Iterable[str],
+        *,
+        one_at_a_time: bool = False,
+    ) -> None:
+        self._device, self._open, self._graphs = device, open_engine, tuple(graphs)
+        self._one_at_a_time = one_at_a_time
+        self._engines: dict[str, Engine] = {}
+        self._programs: OrderedDict[object, _Program] = OrderedDict()
+        self._scratch: Memory | None = None
+        self._scratch_size = 0
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """See `Runner.run`."""
+        with self._lock:
+            outputs = self._engine(graph).outputs
+        call = Call(graph, tuple((port, f"in.{port}") for port in inputs), tuple((p, f"out.{p}") for p in outputs))
+        values = {f"in.{port}": np.asarray(value) for port, value in inputs.items()}
+        found = self.chain([call], values, [f"out.{port}" for port in outputs]).values
+        return {port: found[f"out.{port}"] for port in outputs}
+
+    def chain(
+        self, calls: Sequence[Call], values: Mapping[str, Any], wanted: Sequence[str], *, on_device: bool = False
+    ) -> Chained:
+        """See `Runner.chain`.
+
+        Values may be arrays of the host, or of the device, in any form that speaks DLPack. on_device: leave the results
+        there, as `DeviceArray`s that are ready when the stream comes to what is enqueued next; without times.
+        """
+        with self._lock:
+            self._device.activate()
+            if self._one_at_a_time:
+                self._drop_all_but({call.graph for call in calls})
+            inputs = {name: self._input(values[name]) for name in needed(calls)}
+            program = self._program(tuple(calls), inputs, tuple(wanted), on_device)
+            return program.execute(inputs)
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        with self._lock:
+            self._closed = True
+            self._device.activate()
+            self._drop_all_but(set())
+            if self._scratch:
+                self._scratch.close()
+                self._scratch = None
+            self._device.close()
+
+    def scratch(self, nbytes: int) -> int:
+        """The address of the memory that engines share, of at least `nbytes`."""
+        if nbytes > self._scratch_size:
+            self._device.synchronize()
+            for program in self._programs.values():
+                program.launch = None  # it holds the old address
+            if self._scratch:
+                self._scratch.close()
+            self._scratch, self._scratch_size = self._device.allocate(nbytes), nbytes
+        return self._scratch.address if self._scratch else 0
+
+    def _input(self, value: Any) -> NDArray[Any] | DeviceArray:
+        if isinstance(value, (np.ndarray, np.generic)):
+            return np.asarray(value, order="C")
+        return self._device.take(value)
+
+    def _engine(self, graph: str) -> Engine:
+        if self._closed:
+            raise TargetError(f"{graph}: the pipeline is closed; open the bundle again")
+        if graph not in self._graphs:
+            raise TargetError(f"{graph}: no such engine; this target has {', '.join(self._graphs) or 'none'}")
+        if graph not in self._engines:
+            self._engines[graph] = self._open(graph)
+        return self._engines[graph]
+
+    def _program(
+        self, calls: tuple[Call, ...], inputs: Mapping[str, Any], wanted: tuple[str, ...], on_device: bool
+    ) -> _Program:
+        specs = {name: _spec(value) for name, value in inputs.items()}
+        given = frozenset(name for name, value in inputs.items() if not isinstance(value, np.ndarray))
+        key = (calls, tuple(specs.items()), given, wanted, on_device)
+        if key not in self._programs:
+            engines = {call.graph: self._engine(call.graph) for call in calls}
+            for call in calls:
+                _check(call, engines[call.graph], specs)
+            self._programs[key] = _Program(self, self._device, engines, calls, specs, given, wanted, on_device)
+            if len(self._programs) > _KEPT:
+                self._device.synchronize()
+                self._programs.popitem(last=False)[1].close()
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def _drop_all_but(self, graphs: set[str]) -> None:
+        if self._engines.keys() <= graphs:
+            return
+        self._device.synchronize()
+        for key, program in list(self._programs.items()):
+            if not program.graphs <= graphs:
+                self._programs.pop(key).close()
+        for graph in self._engines.keys() - graphs:
+            self._engines.pop(graph).close()
+
+
+class _Program:
+    """A chain over inputs of certain shapes: its buffers, where everything lies in them, and its captured graph."""
+
+    def __init__(
+        self,
+        runner: DeviceRunner,
+        device: Device,
+        engines: Mapping[str, Engine],
+        calls: tuple[Call, ...],
+        specs: Mapping[str, Spec],
+        given: frozenset[str],
+        wanted: tuple[str, ...],
+        on_device: bool,
+    ) -> None:
+        self._runner, self._device, self._calls, self._wanted = runner, device, calls, wanted
+        self._on_device, self._given = on_device, given
+        self.graphs = {call.graph for call in calls}
+        self.launch: Callable[[], None] | None = None
+        self._runs = 0
+        self._specs = dict(specs)
+        self._bindings: dict[tuple[object, ...], Binding] = {}
+        self._bound = [self._bind(engines[call.graph], call) for call in calls]
+        self._scratch = max(binding.scratch for binding in self._bindings.values())
+        self._capturable = all(binding.capturable() for binding in self._bindings.values())
+
+        hosted = {name: spec.nbytes for name, spec in specs.items() if name not in given}
+        _, self._uploaded = layout.in_line(hosted)
+        self._places, end = layout.in_line(hosted | {name: specs[name].nbytes for name in given})
+        made, size = layout.shared(self._lives())
+        self._places |= {name: end + offset for name, offset in made.items()}
+        self._returned, self._returned_size = layout.in_line({name: self._specs[name].nbytes for name in wanted})
+
+        self._memory = device.allocate(end + size)
+        self._upload = device.pinned(max(self._uploaded, 1))
+        self._download = device.pinned(1 if on_device else self._returned_size)
+        self._addresses = [
+            {port: self._memory.address + self._places[value] for port, value in (*call.inputs, *call.outputs)}
+            for call in calls
+        ]
+
+    def execute(self, inputs: Mapping[str, Any]) -> Chained:
+        for name, value in inputs.items():
+            place, nbytes = self._places[name], self._specs[name].nbytes
+            if name in self._given:
+                self._device.copy(self._memory.address + place, value.address, nbytes)
+            else:
+                self._upload.array[place : place + nbytes] = value.reshape(-1).view(np.uint8)
+        self._runner.scratch(self._scratch)
+        # The first run is not captured: engines settle their state for new shapes in it.
+        if self.launch is None and self._runs and self._capturable:
+            self._capture()
+        if self.launch:
+            self.launch()
+        else:
+            self._enqueue(capturing=False)
+        self._runs += 1
+        if self._on_device:
+            return Chained({name: self._shared(name) for name in self._wanted}, {})
+        self._device.synchronize()
+        return Chained({name: self._read(name) for name in self._wanted}, self._milliseconds())
+
+    def close(self) -> None:
+        self.launch = None
+        for binding in self._bindings.values():
+            binding.close()
+        for memory in (self._memory, self._upload, self._download):
+            memory.close()
+
+    def _capture(self) -> None:
+        try:
+            self.launch = self._device.capture(lambda: self._enqueue(capturing=True))
+        except NotCaptured as error:
+            self._capturable = False
+            warnings.warn(f"not captured as one graph, which costs time between steps: {error}", stacklevel=2)
+
+    def _bind(self, engine: Engine, call: Call) -> Binding:
+        shapes = {port: self._specs[value].shape for port, value in call.inputs}
+        key = (call.graph, *sorted(shapes.items()))
+        if key not in self._bindings:
+            self._bindings[key] = engine.bind(shapes)
+        binding = self._bindings[key]
+        self._specs |= {value: binding.outputs[port] for port, value in call.outputs}
+        return binding
+
+    def _lives(self) -> dict[str, layout.Life]:
+        first = {value: i for i, call in enumerate(self._calls) for _, value in call.outputs}
+        last = first | {value: i for i, call in enumerate(self._calls) for _, value in call.inputs if value in first}
+        last |= dict.fromkeys(self._wanted, len(self._calls))
+        return {name: layout.Life(self._specs[name].nbytes, first[name], last[name]) for name in first}
+
+    def _enqueue(self, *, capturing: bool) -> None:
+        device, scratch = self._device, self._runner.scratch(self._scratch)
+        if self._uploaded:
+            device.copy(self._memory.address, self._upload.address, self._uploaded)
+        for i, binding in enumerate(self._bound):
+            if i in self._changes:
+                device.mark(self._changes.index(i), capturing=capturing)
+            binding.enqueue(self._addresses[i], scratch)
+        device.mark(len(self._changes), capturing=capturing)
+        if not self._on_device:
+            for name, place in self._returned.items():
+                source = self._memory.address + self._places[name]
+                device.copy(self._download.address + place, source, self._specs[name].nbytes)
+
+    @property
+    def _changes(self) -> list[int]:
+        """The calls with which another graph begins."""
+        return [i for i, call in enumerate(self._calls) if not i or self._calls[i - 1].graph != call.graph]
+
+    def _milliseconds(self) -> dict[str, float]:
+        found = dict.fromkeys((call.graph for call in self._calls), 0.0)
+        for mark, i in enumerate(self._changes):
+            found[self._calls[i].graph] += self._device.milliseconds(mark, mark + 1)
+        return found
+
+    def _read(self, name: str) -> NDArray[Any]:
+        spec, place = self._specs[name], self._returned[name]
+        return self._download.array[place : place + spec.nbytes].copy().view(spec.dtype).reshape(spec.shape)
+
+    def _shared(self, name: str) -> DeviceArray:
+        spec = self._specs[name]
+        memory = self._device.allocate(spec.nbytes)
+        self._device.copy(memory.address, self._memory.address + self._places[name], spec.nbytes)
+        return self._device.share(memory, spec)
+
+
+def _spec(value: Any) -> Spec:
+    return Spec(value.shape, value.dtype) if isinstance(value, np.ndarray) else value.spec
+
+
+def _check(call: Call, engine: Engine, specs: Mapping[str, Spec]) -> None:
+    """Raise `InputError` unless a call gives the inputs that its engine takes; shapes are checked when it is bound."""
+    given, takes = dict(call.inputs), ", ".join(engine.inputs)
+    for port in engine.inputs:
+        if port not in given:
+            raise InputError(f"{call.graph}: input {port!r} is missing; this engine takes {takes}")
+    for port, value in given.items():
+        if port not in engine.inputs:
+            raise InputError(f"{call.graph}: got {port!r}, which is no input; this engine takes {takes}")
+        if value in specs and specs[value].dtype != engine.inputs[port]:
+            raise InputError(f"{call.graph}: got {port} {specs[value].dtype}; this engine takes {engine.inputs[port]}")

@@ -1,0 +1,182 @@
+"""Opens plans of TensorRT and TensorRT-RTX for `glance_trt.runtime.runners.on_device`.
+
+The two are one Python API under two module names, so one implementation serves both. Contexts bring no memory of their
+own: all engines of a pipeline share one block, which is as large as the largest needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from glance_trt import records
+from glance_trt.errors import InputError, TargetError
+from glance_trt.runtime.runners.on_device import Spec
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Python's module, by backend."""
+
+_CACHE_FOLDER = "runtime-cache"
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "UINT8": "uint8", "BOOL": "bool"}
+
+
+class TensorRTEngine:
+    """See `Engine`. Opening one runs native code: read the plan with `glance_trt.trust.read`.
+
+    backend: ``tensorrt`` or ``tensorrt-rtx``. name: the graph's, for errors. stream: the handle of the CUDA stream that
+    it runs in. weight_streaming_budget: bytes of weights that stay on the GPU, for a plan that was built so; by default
+    what TensorRT thinks best.
+
+    Raises `TargetError` for a plan that this machine cannot open, with what TensorRT says of it.
+    """
+
+    def __init__(
+        self, backend: str, plan: bytes, *, name: str, stream: int, weight_streaming_budget: int | None = None
+    ) -> None:
+        module: trt = importlib.import_module(MODULES[backend])
+        self._name, self._stream = name, stream
+        self._log = _logger(module)
+        self._runtime = module.Runtime(self._log)
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise TargetError(f"{name}: {backend} {module.__version__} cannot open its plan: {self._log.last()}")
+        self._engine: trt.ICudaEngine = engine
+        if engine.streamable_weights_size:
+            budget = engine.get_weight_streaming_automatic_budget()
+            engine.weight_streaming_budget_v2 = budget if weight_streaming_budget is None else weight_streaming_budget
+        self._config = engine.create_runtime_config()
+        self._config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        # Kernels that TensorRT-RTX compiles on this GPU, when it first sees a plan, are kept for the next process.
+        self._cache = _RuntimeCache(self._config, plan) if hasattr(self._config, "create_runtime_cache") else None
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        ports = {port: engine.get_tensor_mode(port) == module.TensorIOMode.INPUT for port in names}
+        self.inputs = {port: self.dtype(port) for port, is_input in ports.items() if is_input}
+        self.outputs = tuple(port for port, is_input in ports.items() if not is_input)
+
+    def dtype(self, port: str) -> np.dtype[Any]:
+        """The dtype of an input or output."""
+        return np.dtype(_DTYPES[self._engine.get_tensor_dtype(port).name])
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> TensorRTBinding:
+        """See `Engine.bind`."""
+        profile = self._profile(shapes)
+        context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise TargetError(f"{self._name}: no execution context: {self._log.last()}")
+        if not context.set_optimization_profile_async(profile, self._stream):
+            raise TargetError(f"{self._name}: optimization profile {profile} cannot be set: {self._log.last()}")
+        for port, shape in shapes.items():
+            if not context.set_input_shape(port, shape):
+                raise InputError(f"{self._name}: {port} {_shown(shape)} is refused: {self._log.last()}")
+        if unknown := context.infer_shapes():
+            raise TargetError(f"{self._name}: no shape for {', '.join(unknown)}: {self._log.last()}")
+        outputs = {port: Spec(tuple(context.get_tensor_shape(port)), self.dtype(port)) for port in self.outputs}
+        return TensorRTBinding(self._name, context, outputs, self._stream, self._log)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if self._cache:
+            self._cache.save()
+        # In this order: each uses the one after it.
+        del self._config, self._engine, self._runtime
+
+    def _profile(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The first optimisation profile that takes these shapes. Raises `InputError`."""
+        ranges = []
+        for profile in range(self._engine.num_optimization_profiles):
+            bounds = {port: self._engine.get_tensor_profile_shape(port, profile) for port in shapes}
+            if all(_fits(shape, *bounds[port]) for port, shape in shapes.items()):
+                return profile
+            ranges.append(bounds)
+        port = next(port for port, shape in shapes.items() if not any(_fits(shape, *b[port]) for b in ranges))
+        takes = " or ".join(dict.fromkeys(_range(*bounds[port]) for bounds in ranges))
+        raise InputError(
+            f"{self._name}: got {port} {_shown(shapes[port])}; this engine takes {takes}. Stay within, or build "
+            "with the ranges that you need"
+        )
+
+
+class TensorRTBinding:
+    """See `Binding`: an execution context with its shapes."""
+
+    def __init__(
+        self, name: str, context: trt.IExecutionContext, outputs: Mapping[str, Spec], stream: int, log: Any
+    ) -> None:
+        self._name, self._context, self._stream, self._log = name, context, stream, log
+        self.outputs = outputs
+        self.scratch = context.update_device_memory_size_for_shapes()
+
+    def capturable(self) -> bool:
+        """See `Binding.capturable`."""
+        # TensorRT has no such question: there, every context that has run once can be captured.
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self._stream))
+
+    def enqueue(self, addresses: Mapping[str, int], scratch: int) -> None:
+        """See `Binding.enqueue`."""
+        for port, address in addresses.items():
+            self._context.set_tensor_address(port, address)
+        self._context.set_device_memory(scratch, self.scratch)
+        if not self._context.execute_async_v3(self._stream):
+            raise TargetError(f"{self._name}: could not run: {self._log.last()}")
+
+    def close(self) -> None:
+        """See `Binding.close`."""
+        del self._context
+
+
+class _RuntimeCache:
+    """A file in the user's cache folder for the kernels that TensorRT-RTX compiled for one plan."""
+
+    def __init__(self, config: Any, plan: bytes) -> None:
+        self._file = f"{_CACHE_FOLDER}/{hashlib.sha256(plan).hexdigest()}.bin"
+        self._cache = config.create_runtime_cache()
+        with contextlib.suppress(OSError):
+            # What another version or another GPU wrote is refused by TensorRT-RTX itself, and made anew.
+            self._cache.deserialize((records.folder() / self._file).read_bytes())
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        with contextlib.suppress(OSError):
+            records.write(self._file, bytes(self._cache.serialize()))
+
+
+def _logger(module: Any) -> Any:
+    class Logger(module.ILogger):  # type: ignore[misc]
+        """Keeps the last error instead of printing."""
+
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self._last = "it gives no reason"
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
+                self._last = text.strip()
+
+        def last(self) -> str:
+            return self._last
+
+    return Logger()
+
+
+def _fits(shape: tuple[int, ...], smallest: Any, _usual: Any, largest: Any) -> bool:
+    return len(shape) == len(tuple(smallest)) and all(
+        low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
+    )
+
+
+def _range(smallest: Any, _usual: Any, largest: Any) -> str:
+    pairs = zip(smallest, largest, strict=True)
+    return "(" + ",".join(str(low) if low == high else f"{low}..{high}" for low, high in pairs) + ")"
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return "(" + ",".join(map(str, shape)) + ")"
