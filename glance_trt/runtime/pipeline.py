@@ -167,14 +167,21 @@ class Pipeline:
         the DLPack protocol wait for that. The other arguments are as in `generate`.
         """
         settings = self.settings(negative_prompt=negative_prompt, guidance_scale=guidance_scale, schedule=schedule)
+        calls, values = self.prepare(prompt, settings, seed=seed, count=count, latents=latents)
+        return self.runner.chain(calls, values, ["pixels"], on_device=True).values["pixels"]
+
+    def prepare(
+        self, prompt: str, settings: Settings, *, seed: int = 0, count: int = 1, latents: Any = None
+    ) -> tuple[list[Call], dict[str, Any]]:
+        """What `runner.chain` takes for a batch of images: the calls of a whole image, from ``latents.0`` to
+        ``pixels``, and the values that they start from. latents: as in `pixels`."""
         start = self._noise(settings, seed, count) if latents is None else latents
         shape = tuple(start.shape)
         if len(shape) != 4 or shape[1:] != self.bundle.manifest.image.latent_shape:
             expected = ", ".join(map(str, self.bundle.manifest.image.latent_shape))
             raise InputError(f"latents: expected [B, {expected}], got {list(shape)}")
-        calls = self._calls(settings.schedule)
-        values = self._values(len(start), self._conditions(prompt, settings), settings) | {"latents.0": start}
-        return self.runner.chain(calls, values, ["pixels"], on_device=True).values["pixels"]
+        values = self._values(shape[0], self._conditions(prompt, settings), settings)
+        return self._calls(settings.schedule), values | {"latents.0": start}
 
     def steps(
         self,

@@ -50,6 +50,14 @@ def test_images_are_those_of_the_pipeline_and_their_paths_are_printed(run: Run, 
             assert found.convert("RGB").tobytes() == image.tobytes()
 
 
+def test_low_memory_makes_the_same_images(run: Run, tiny_bundle: Path) -> None:
+    for folder, options in {"usual": (), "low": ("--low-memory",)}.items():
+        shown = run("generate", tiny_bundle, PROMPT, "-n", 5, "--seed", 1, "--batch-size", 2, "-o", folder, *options)
+        assert (shown.code, len(shown.out.splitlines())) == (0, 5)
+    for usual, low in zip(sorted(Path("usual").iterdir()), sorted(Path("low").iterdir()), strict=True):
+        assert usual.read_bytes() == low.read_bytes()
+
+
 def test_image_carries_all_that_it_was_made_from(run: Run, tiny_bundle: Path) -> None:
     options = ("--seed", 7, "--guidance", 2.5, "--negative-prompt", "a star", "--schedule", "short", "--target", "cpu")
     assert run("generate", tiny_bundle, PROMPT, *options, "-o", "x.png").out == "x.png\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,11 @@ from numpy.typing import NDArray
 
 from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.runners.on_device import DeviceArray, Memory, NotCaptured, Spec
+
+try:
+    import nvtx
+except ImportError:  # only profilers miss it
+    nvtx = None
 
 INSTALL = "pip install 'glance-trt[gpu]'"
 
@@ -117,6 +123,10 @@ class Cuda:
             builder.close()
         graph.upload(self._stream)
         return lambda: graph.launch(self._stream)
+
+    def named(self, name: str) -> AbstractContextManager[object]:
+        """See `Device.named`: an NVTX range."""
+        return nvtx.annotate(name, domain="glance-trt") if nvtx else nullcontext()
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""

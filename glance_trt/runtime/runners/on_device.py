@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,6 +84,9 @@ class Device(Protocol):
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """What `enqueue` puts into the stream, as something that can be launched again and again. Raises
         `NotCaptured`; the stream is as before then."""
+
+    def named(self, name: str) -> AbstractContextManager[object]:
+        """A name for profilers, for what is enqueued meanwhile."""
 
     def synchronize(self) -> None:
         """Wait for the stream."""
@@ -310,7 +314,8 @@ class _Program:
         if self.launch is None and self._runs and self._capturable:
             self._capture()
         if self.launch:
-            self.launch()
+            with self._device.named("image"):
+                self.launch()
         else:
             self._enqueue(capturing=False)
         self._runs += 1
@@ -355,7 +360,8 @@ class _Program:
         for i, binding in enumerate(self._bound):
             if i in self._changes:
                 device.mark(self._changes.index(i), capturing=capturing)
-            binding.enqueue(self._addresses[i], scratch)
+            with device.named(self._calls[i].graph):
+                binding.enqueue(self._addresses[i], scratch)
         device.mark(len(self._changes), capturing=capturing)
         if not self._on_device:
             for name, place in self._returned.items():

@@ -185,14 +185,13 @@ def test_low_memory_holds_one_engine_and_takes_all_images_through_it(
 
 
 def test_times_are_by_graph(on_device: Pipeline) -> None:
-    start = np.zeros((1, 3, 4, 6), np.float32)
-    settings = on_device.settings()
-    values = on_device._values(1, on_device._conditions(PROMPT, settings), settings) | {"latents.0": start}
-    found = on_device.runner.chain(on_device._calls("default"), values, ["latents.2", "pixels"])
+    calls, values = on_device.prepare(PROMPT, on_device.settings(), seed=3)
+    found = on_device.runner.chain(calls, values, ["latents.2", "pixels"])
     assert list(found.milliseconds) == ["denoiser.slow", "denoiser.fast", "decoder"]
     assert all(time > 0 for time in found.milliseconds.values())
-    expected = list(on_device.steps(PROMPT, seed=0))
-    assert found.values["latents.2"].shape == expected[1].latents.shape
+    steps = list(on_device.steps(PROMPT, seed=3))
+    assert np.array_equal(found.values["latents.2"], steps[1].latents)
+    assert np.array_equal(found.values["pixels"], on_device.decode(steps[-1].latents))
 
 
 def test_pixels_stay_on_the_device_and_latents_may_come_from_there(on_device: Pipeline, on_host: Pipeline) -> None:
@@ -200,9 +199,6 @@ def test_pixels_stay_on_the_device_and_latents_may_come_from_there(on_device: Pi
 
     class Foreign:
         shape = noise.shape
-
-        def __len__(self) -> int:
-            return len(noise)
 
         def __dlpack__(self, **options: Any) -> object:
             return noise.__dlpack__(**options)
@@ -240,11 +236,9 @@ def test_what_does_not_fit_is_refused_by_name(on_device: Pipeline) -> None:
 
 
 def test_inputs_that_disagree_in_a_dimension_are_refused(on_device: Pipeline) -> None:
-    settings = on_device.settings()
-    values = on_device._values(2, on_device._conditions(PROMPT, settings), settings)
-    call = on_device._calls("default")[0]
+    calls, values = on_device.prepare(PROMPT, on_device.settings(), count=2)
     with pytest.raises(InputError, match=r"^denoiser\.slow: got prompt_embeds \(2,8,3\), which differs in batch$"):
-        on_device.runner.chain([call], values | {"latents.0": np.zeros((1, 3, 4, 6), np.float32)}, ["latents.1"])
+        on_device.runner.chain(calls, values | {"latents.0": values["latents.0"][:1]}, ["pixels"])
 
 
 def test_calls_from_several_threads_take_turns(on_device: Pipeline, on_host: Pipeline) -> None:
