@@ -48,7 +48,7 @@ def load(name: str) -> dict[str, str]:
 
 def add(name: str, entries: Mapping[str, str]) -> None:
     """Add entries to a record, whose oldest go. What cannot be written is left: a record saves time, no more."""
-    record = load(name) | entries
+    record = load(name) | dict(entries)
     with contextlib.suppress(OSError):
         write(name, json.dumps(dict(list(record.items())[-_ENTRIES:])).encode())
 

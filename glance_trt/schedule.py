@@ -158,6 +158,9 @@ class _DDIM(_Diffusion):
     def initial_noise_scale(self, level: float) -> float:
         return 1.0
 
+    def log_snr(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.log(levels) - np.log(1 - levels)
+
 
 @dataclass(frozen=True)
 class _Euler(_Diffusion):
@@ -208,6 +211,9 @@ class _Euler(_Diffusion):
 
     def initial_noise_scale(self, level: float) -> float:
         return math.sqrt(level * level + 1) if self.timestep_spacing == "leading" else level
+
+    def log_snr(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+        return -2 * np.log(levels)
 
 
 @dataclass(frozen=True)
@@ -267,6 +273,9 @@ class _FlowMatch:
     def initial_noise_scale(self, level: float) -> float:
         return 1.0
 
+    def log_snr(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
+        return 2 * (np.log(1 - levels) - np.log(levels))
+
 
 _Scheduler = _DDIM | _Euler | _FlowMatch
 
@@ -303,6 +312,18 @@ def teacher_grid(config: Mapping[str, Any], steps: int, image_tokens: int | None
     Raises `RecipeError` for a class or an option that is not supported, naming it.
     """
     return _grid(_scheduler(config), steps, image_tokens)
+
+
+def log_snr(config: Mapping[str, Any], levels: Floats) -> NDArray[np.float64]:
+    """The log signal-to-noise ratio, in nats, of levels on the grid of this config's scheduler (`Grid.levels`).
+
+    The signal is the image's variance, the noise that of the noise: log(alpha / (1 - alpha)) for cumulative alphas,
+    -2 log(sigma) for Euler's sigmas, 2 log((1 - sigma) / sigma) for flow matching. It is -inf where there is only
+    noise, and inf where there is none. Raises `RecipeError` as `teacher_grid`.
+    """
+    scheduler = _scheduler(config)
+    with np.errstate(divide="ignore"):  # log(0) at either end
+        return scheduler.log_snr(levels.astype(np.float64))
 
 
 def jump_coefficients(config: Mapping[str, Any], steps: int, image_tokens: int | None = None) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import compute_snr
 
 from glance_trt import schedule
 from glance_trt.errors import RecipeError
@@ -173,6 +174,30 @@ def test_the_ddim_grid_holds_the_cumulative_alphas_of_diffusers() -> None:
             ours.levels[:-1], alphas, rtol=4e-6 if config.get("rescale_betas_zero_snr") else 5e-7
         )
         assert ours.levels[-1] == theirs.final_alpha_cumprod
+
+
+@pytest.mark.parametrize("config", DDIM_CONFIGS, ids=label)
+def test_log_snr_of_ddim_is_that_of_diffusers(config: dict[str, Any]) -> None:
+    theirs = reference(config, 50)
+    ours = schedule.log_snr(config, teacher_grid(config, 50).levels)
+    expected = compute_snr(theirs, theirs.timesteps).double().log()  # -inf at zero terminal SNR
+    np.testing.assert_allclose(ours[:-1], expected, rtol=0, atol=2e-4)  # diffusers squares a root in float32
+    final = float(theirs.final_alpha_cumprod)
+    assert ours[-1] == (math.inf if final == 1 else pytest.approx(math.log(final / (1 - final)), abs=1e-6))
+
+
+@pytest.mark.parametrize("config", EULER_CONFIGS + FLOW_CONFIGS, ids=label)
+def test_log_snr_of_sigmas_is_twice_the_lambda_of_diffusers(config: dict[str, Any]) -> None:
+    solver = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=config["_class_name"] == FLOW["_class_name"])
+    alphas, sigmas = solver._sigma_to_alpha_sigma_t(reference(config, 50, 1024).sigmas[:51].double())
+    ours = schedule.log_snr(config, teacher_grid(config, 50, 1024).levels)
+    np.testing.assert_allclose(ours, 2 * (alphas.log() - sigmas.log()), rtol=1e-5, atol=1e-5)
+    assert np.all(np.diff(ours) >= 0)  # a grid may hold its smallest sigma twice
+
+
+def test_log_snr_refuses_what_the_grid_refuses() -> None:
+    with pytest.raises(RecipeError, match="PNDMScheduler is not supported"):
+        schedule.log_snr(SD15, np.ones(1, np.float32))
 
 
 def test_the_teacher_grid_has_as_many_steps_as_asked_where_arange_runs_too_far() -> None:

@@ -20,9 +20,10 @@ from glance_trt import limits
 from glance_trt.bundle import Bundle
 from glance_trt.errors import InputError, TargetError
 from glance_trt.prompts import PromptTruncated
+from glance_trt.requirements import unrunnable
 from glance_trt.runtime.chain import Call, by_graph
 from glance_trt.runtime.noise import initial_latents
-from glance_trt.runtime.runners import ChainRunner, open_runner, unrunnable
+from glance_trt.runtime.runners import ChainRunner, open_runner
 from glance_trt.runtime.tokenizing import Tokenizer
 
 Values = dict[str, NDArray[Any]]
@@ -112,7 +113,7 @@ class Pipeline:
             raise InputError(f"threads: expected 1 to {_MOST_THREADS}, got {threads}")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
-        target = _choose(bundle, target)
+        target = _choose(bundle, target, device)
         bundle.check(bundle.manifest.engine_files(target))
         runner = open_runner(
             bundle, target, threads=threads, device=device, stream=stream, trust=trust, one_at_a_time=low_memory
@@ -356,13 +357,13 @@ class Pipeline:
         return self.runner.run(call.graph, feeds)[call.outputs[0][0]]
 
 
-def _choose(bundle: Bundle, target: str | None) -> str:
+def _choose(bundle: Bundle, target: str | None, device: int) -> str:
     """The target to run: the one asked for, or the first that runs here. Raises `TargetError`."""
     engines = bundle.manifest.engines
     if target is None:
         reasons = {}
         for name, item in engines.items():
-            if (reason := unrunnable(item)) is None:
+            if (reason := unrunnable(item.backend, item.requires, device)) is None:
                 return name
             reasons[name] = reason
         listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items()) or " none"

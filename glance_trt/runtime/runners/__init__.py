@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 from glance_trt import trust as plans
 from glance_trt.bundle import Bundle
 from glance_trt.errors import TargetError
+from glance_trt.requirements import unrunnable
 from glance_trt.runtime.chain import Call, Chained
-from glance_trt.runtime.runners.needs import unrunnable
-
-__all__ = ["ChainRunner", "Runner", "open_runner", "unrunnable"]
 
 
 class Runner(Protocol):
@@ -53,7 +51,7 @@ def open_runner(
     Raises `TargetError`.
     """
     engines = bundle.manifest.engines[target]
-    if reason := unrunnable(engines):
+    if reason := unrunnable(engines.backend, engines.requires, device):
         raise TargetError(f"{target}: {reason}")
     files = {graph: engine.file for graph, engine in engines.graphs.items()}
     if engines.backend == "onnxruntime":

@@ -32,17 +32,12 @@ class OnnxRuntimeEngine:
     """See `Engine`.
 
     path: an ``.onnx`` file, beside its weights. name: the graph's, for errors. provider: a key of `DEVICES`. ordinal
-    and stream: of the device, and the CUDA stream that it runs in. Raises `TargetError` where ONNX Runtime has not this
-    provider, and `BundleError` where it cannot load the graph.
+    and stream: of the device, and the CUDA stream that it runs in. Raises `TargetError` where the provider does not
+    start, and `BundleError` where ONNX Runtime cannot load the graph.
     """
 
     def __init__(self, path: Path, *, name: str, provider: str, ordinal: int = 0, stream: int = 0) -> None:
         ort = import_onnxruntime()
-        if provider not in ort.get_available_providers():
-            raise TargetError(
-                f"{name}: this ONNX Runtime has no {provider}, but {', '.join(ort.get_available_providers())}; install "
-                "one for the GPU in its place: pip uninstall onnxruntime; pip install 'glance-trt[gpu]'"
-            )
         self._name, self._file, self._device, self._ordinal = name, path.name, DEVICES[provider], ordinal
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only; it logs to stderr

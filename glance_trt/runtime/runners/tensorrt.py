@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glance_trt import records
+from glance_trt import records, requirements
 from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.runners.on_device import Spec
 
 if TYPE_CHECKING:
     import tensorrt as trt
-
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Python's module, by backend."""
+    import tensorrt_rtx as rtx
 
 _CACHE_FOLDER = "runtime-cache"
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "UINT8": "uint8", "BOOL": "bool"}
@@ -41,7 +38,10 @@ class TensorRTEngine:
     def __init__(
         self, backend: str, plan: bytes, *, name: str, stream: int, weight_streaming_budget: int | None = None
     ) -> None:
-        module: trt = importlib.import_module(MODULES[backend])
+        if TYPE_CHECKING:
+            module = trt
+        else:
+            module = requirements.load(backend)
         self._name, self._stream = name, stream
         self._log = _logger(module)
         self._runtime = module.Runtime(self._log)
@@ -55,7 +55,8 @@ class TensorRTEngine:
         self._config = engine.create_runtime_config()
         self._config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
         # Kernels that TensorRT-RTX compiles on this GPU, when it first sees a plan, are kept for the next process.
-        self._cache = _RuntimeCache(self._config, plan) if hasattr(self._config, "create_runtime_cache") else None
+        config: Any = self._config  # TensorRT's has none
+        self._cache = _RuntimeCache(config, plan) if hasattr(config, "create_runtime_cache") else None
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         ports = {port: engine.get_tensor_mode(port) == module.TensorIOMode.INPUT for port in names}
         self.inputs = {port: self.dtype(port) for port, is_input in ports.items() if is_input}
@@ -136,7 +137,7 @@ class TensorRTBinding:
 class _RuntimeCache:
     """A file in the user's cache folder for the kernels that TensorRT-RTX compiled for one plan."""
 
-    def __init__(self, config: Any, plan: bytes) -> None:
+    def __init__(self, config: rtx.IRuntimeConfig, plan: bytes) -> None:
         self._file = f"{_CACHE_FOLDER}/{hashlib.sha256(plan).hexdigest()}.bin"
         self._cache = config.create_runtime_cache()
         with contextlib.suppress(OSError):
