@@ -21,6 +21,8 @@ PROMPTS := \
 RUN := $(VENV)/with-cpu,export,rtx
 TRAIN := $(VENV)/with-distill
 TEST := $(VENV)/with-cpu,distill,export,rtx,test
+# TensorRT's type stubs, for a test. They lie apart, and come without TensorRT itself, which they ask for.
+STUBS := $(VENV)/stubs/.installed
 
 .PHONY: help demo test lint train distill bench evaluate clean
 
@@ -64,4 +66,10 @@ $(BIN)/python:
 
 $(VENV)/with-%: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$*]' -c constraints.txt
+	@touch '$@'
+
+$(TEST): | $(STUBS)
+
+$(STUBS): constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --upgrade --target $(@D) tensorrt-stubs -c constraints.txt
 	@touch '$@'

@@ -142,17 +142,17 @@ def plan(work: Path, phase: str) -> dict[str, Any]:
     target = targets.load("rtx")
     source = open_model(work / RECIPE.model, RECIPE).sources()["denoiser"]
     sizes = {"8*h": RECIPE.height // 8, "8*w": RECIPE.width // 8}
+    (profile,) = target.profiles
     ranges = {
         port.name: tuple(
-            tuple(batch if dim == "batch" else sizes.get(dim, dim) for dim in port.shape)
-            for batch in (target.min_batch, target.opt_batch, target.max_batch)
+            tuple(batch if dim == "batch" else sizes.get(dim, dim) for dim in port.shape) for batch in profile.batch
         )
         for port in source.inputs
         if "batch" in port.shape
     }
     name = f"denoiser.{phase}"
     graphs = {name: work / f"{name}.{target.dtype}.onnx"}
-    tensorrt.build(graphs, directory=work, prefix="rtx", target=target, shapes={name: ranges})
+    tensorrt.build(graphs, directory=work, target=target, ranges={name: [ranges]})
     return {}
 
 

@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 
-from glance_trt import __version__, recipe
+from glance_trt import __version__, gpu, recipe
 from glance_trt.engines import backends, targets
 from glance_trt.engines.targets import Target
 from glance_trt.errors import TargetError
@@ -29,11 +29,11 @@ _EXTRAS = {
 
 
 def examine() -> list[Finding]:
-    """Look at Python, the extras, ONNX Runtime, and what every shipped target needs to be built and run."""
+    """Look at Python, the extras, ONNX Runtime, the GPU, and what every shipped target needs to be built and run."""
     findings = [Finding("glance-trt", True, f"{__version__}, Python {platform.python_version()}, {platform.machine()}")]
     findings += [_extra(name, modules) for name, modules in _EXTRAS.items()]
-    findings.append(_onnxruntime())
-    for name in recipe.shipped_files("target"):
+    findings += [_onnxruntime(), _gpu()]
+    for name in sorted(recipe.shipped_files("target")):
         target = targets.load(name)
         reason = backends.unavailable(target)
         findings += [Finding(f"build for {name}", reason is None, reason or "yes"), _running(target)]
@@ -42,13 +42,20 @@ def examine() -> list[Finding]:
 
 def _running(target: Target) -> Finding:
     what = f"run {target.name}"
-    if target.backend != "onnxruntime":
-        return Finding(what, False, f"this version builds {target.backend} plans and does not run them")
+    if reason := backends.unrunnable(target.backend, backends.needs(target)):
+        return Finding(what, False, reason)
     try:
-        needs = backends.requires(target)
+        built_for = backends.requires(target)
+    except TargetError:  # it cannot be built here: engines that another machine built may need other versions
+        built_for = backends.needs(target)
+    return Finding(what, True, f"engines built for {', '.join(f'{key} {value}' for key, value in built_for.items())}")
+
+
+def _gpu() -> Finding:
+    try:
+        return Finding("GPU", True, f"compute capability {gpu.compute_capability()}")
     except TargetError as error:
-        return Finding(what, False, str(error))
-    return Finding(what, True, f"engines built for {', '.join(f'{key} {value}' for key, value in needs.items())}")
+        return Finding("GPU", False, str(error))
 
 
 def _extra(name: str, modules: tuple[str, ...]) -> Finding:
@@ -58,14 +65,14 @@ def _extra(name: str, modules: tuple[str, ...]) -> Finding:
 
 
 def _onnxruntime() -> Finding:
-    found = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
+    found = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-trt-rtx")}
     installed = {name: version for name, version in found.items() if version}
-    if len(installed) == 2:
+    if len(installed) > 1:
         return Finding(
             "ONNX Runtime",
             False,
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; uninstall both, then "
-            "pip install one of glance-trt[cpu], glance-trt[gpu]",
+            f"{' and '.join(installed)} overwrite each other's files; uninstall them, then pip install one of "
+            "glance-trt[cpu], glance-trt[gpu]",
         )
     if not installed:
         return Finding("ONNX Runtime", False, "missing; pip install glance-trt[cpu]")

@@ -146,6 +146,8 @@ class Recipe:
     guidance: Guidance = field(default_factory=Guidance)
     """Of phases without a guide; one with a guide is ``embedded`` in any case."""
     engines: tuple[str, ...] = ("cpu",)
+    examples: tuple[str, ...] = ()
+    """Prompts; the build's report shows an image of each."""
     distill: Distill | None = None
 
     def __post_init__(self) -> None:

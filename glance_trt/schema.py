@@ -80,23 +80,35 @@ class Graph:
 
 @dataclass(frozen=True)
 class Engine:
-    """What a target made of one graph: its file, and the weights files that this file refers to."""
+    """What a target made of one graph: its file, the weights files that this file refers to, and what it computes in,
+    where that is not the dtype of all its target's engines."""
 
     file: str
     weights: tuple[str, ...] = ()
+    dtype: DType | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype:
+            _check_compute_dtype("dtype", self.dtype)
 
 
 @dataclass(frozen=True)
 class EngineSet:
-    """The engines of one target, by graph name. `requires` names what must be present to run them, with versions."""
+    """The engines of one target, by graph name. `requires` names what must be present to run them, with versions.
 
-    backend: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    weight_streaming_budget: of the weights of engines that were built for weight streaming, what stays on the GPU, MiB.
+    """
+
+    backend: Literal["onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"]
     dtype: DType
     graphs: dict[str, Engine]
     requires: dict[str, str] = field(default_factory=dict)
+    weight_streaming_budget: int | None = None
 
     def __post_init__(self) -> None:
         _check_compute_dtype("dtype", self.dtype)
+        if self.weight_streaming_budget is not None:
+            limits.check_range("weight_streaming_budget", self.weight_streaming_budget, 0, limits.INT32)
 
 
 @dataclass(frozen=True)

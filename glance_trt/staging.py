@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from glance_trt import bundle as format_
 from glance_trt import hashing
 from glance_trt.bundle import Bundle, FileEntry, Manifest
 from glance_trt.errors import BundleError, OutputError
+from glance_trt.progress import Progress, silent
 
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -37,16 +40,13 @@ class Staging:
 
     def __init__(self, output: Path, previous: Bundle | None = None) -> None:
         self._output = Path(os.path.realpath(output))
-        self._place = self._output.parent / f".{self._output.name}.building"
+        self._place = _place(output)
         self.folder = self._place / "bundle"
         self._unfinished = self._place / "unfinished"
         self._replaced = self._place / "replaced"
         if self._replaced.exists() and not self._output.exists():  # killed between the two renames of `finish`
             os.replace(self._replaced, self._output)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError:  # below /proc, or a dangling link
-            raise OutputError(f"{self._output.parent}: folder cannot be made; give another -o") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._finished = self._read_record()
         self._previous = previous
         self._earlier: dict[str, list[str]] = {}
@@ -61,20 +61,24 @@ class Staging:
         """
         if not self._has(key):
             with self._scratch() as scratch:
-                self._accept(key, list(dict.fromkeys(make(scratch))))
+                self._accept(key, scratch, list(dict.fromkeys(make(scratch))))
         return self._finished[key]
 
     def key(self, name: str) -> str:
         """The key of a finished file."""
         return next(key for key, names in self._finished.items() if name in names)
 
-    def entries(self, names: Iterable[str]) -> dict[str, FileEntry]:
-        """Size, SHA-256 and key of finished files, for the manifest."""
-        paths = {name: self.folder / name for name in sorted(set(names))}
-        return {
-            name: FileEntry(path.stat().st_size, hashing.sha256_of_file(path), self.key(name))
-            for name, path in paths.items()
-        }
+    def entries(self, names: Iterable[str], progress: Progress = silent) -> dict[str, FileEntry]:
+        """Size, SHA-256 and key of finished files, for the manifest. Progress counts bytes."""
+        sizes = {name: (self.folder / name).stat().st_size for name in sorted(set(names))}
+        entries: dict[str, FileEntry] = {}
+        done, total = 0, sum(sizes.values())
+        progress("hash", 0, total)
+        for name, size in sizes.items():
+            entries[name] = FileEntry(size, hashing.sha256_of_file(self.folder / name), self.key(name))
+            done += size
+            progress("hash", done, total)
+        return entries
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest, drop what it does not list, and put the folder in the bundle's place."""
@@ -98,23 +102,27 @@ class Staging:
                 self._previous.check(names)
                 for name in names:
                     _link(self._previous.path(name), scratch / name)
-                self._accept(key, names)
+                self._accept(key, scratch, names)
         return key in self._finished
 
-    def _accept(self, key: str, names: list[str]) -> None:
+    def _accept(self, key: str, scratch: Path, names: list[str]) -> None:
         """Move files from the scratch folder to the finished ones; what they replace is forgotten beforehand."""
-        self._finished = {k: known for k, known in self._finished.items() if set(known).isdisjoint(names)}
-        self._write_record()
+        kept = {k: known for k, known in self._finished.items() if set(known).isdisjoint(names)}
+        if kept != self._finished:
+            self._finished = kept
+            self._write_record()
         for name in names:
-            os.replace(self._unfinished / name, self.folder / name)
+            os.replace(scratch / name, self.folder / name)
         self._finished[key] = names
         self._write_record()
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
-        self._unfinished.mkdir()
+        self._unfinished.mkdir(exist_ok=True)
+        # Never the same folder: a process of a killed build may still be about to finish what it wrote into its own.
+        scratch = tempfile.mkdtemp(dir=self._unfinished)
         try:
-            yield self._unfinished
+            yield Path(scratch)
         finally:
             shutil.rmtree(self._unfinished, ignore_errors=True)
 
@@ -137,6 +145,68 @@ class Staging:
         draft = self._place / "finished.json.draft"
         draft.write_text(json.dumps(self._finished), encoding="utf-8")
         os.replace(draft, self._place / "finished.json")
+
+
+def present(output: Path, previous: Bundle | None = None) -> int:
+    """Bytes of a bundle at `output` that need no new space: in its workplace, and in a bundle that is there already."""
+    files = [path for path in _place(output).rglob("*") if path.is_file()]
+    files += [previous.path(name) for name in previous.manifest.files] if previous else []
+    found = {(status.st_dev, status.st_ino): status.st_size for status in map(os.stat, files)}  # links count once
+    return sum(found.values())
+
+
+def _place(output: Path) -> Path:
+    output = Path(os.path.realpath(output))
+    return output.parent / f".{output.name}.building"
+
+
+@contextlib.contextmanager
+def locked(output: Path, progress: Progress = silent) -> Iterator[None]:
+    """Hold the only right to build at `output`; waits for another process that holds it, and reports that it does.
+
+    The lock is a file beside the output, which is gone afterwards. One that a killed process left behind locks nothing.
+    """
+    output = Path(os.path.realpath(output))
+    file = output.with_name(f".{output.name}.lock")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # below /proc, or a dangling link
+        raise OutputError(f"{output.parent}: folder cannot be made; give another -o") from None
+    if sys.platform == "win32":  # without flock: nothing keeps two builds apart there
+        yield
+        return
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _wait_for(descriptor, f"wait for another build of {output.name}", progress)
+            # Its last holder removed the file that was waited for: others may have locked a new one since.
+            if not _is_at(descriptor, file):
+                continue
+            try:
+                yield
+            finally:
+                file.unlink()  # while it is locked: no one else can hold, or remove, what is here now
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _wait_for(descriptor: int, stage: str, progress: Progress) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        progress(stage, 0, 1)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        progress(stage, 1, 1)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Which compiled engines this user trusts: the plans that were built here, and those that they said yes to.
 
-A TensorRT plan is native code, so opening one runs whatever its maker put in it. What is built here is remembered by its
-SHA-256, in the user's cache folder.
+A TensorRT plan is native code, so opening one runs whatever its maker put in it. What is built here is remembered by
+its SHA-256, in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -34,6 +34,6 @@ def read(path: Path, sha256: str, *, trusted: bool = False) -> bytes:
     if not trusted and sha256 not in records.load(_RECORD):
         raise TargetError(
             f"{path}: a plan is native code, and this one was not built here by you. If you trust where it comes from, "
-            "give --trust; else compile it anew from the graphs beside it: glance-trt compile BUNDLE"
+            "give --trust; else compile it anew from the graphs beside it: glance-trt compile BUNDLE --engine TARGET"
         )
     return plan

@@ -30,11 +30,13 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demonstration bundle, built from its recipe for the CPU."""
+    """The demonstration bundle, built from its recipe: for the CPU, and for TensorRT-RTX where that is installed."""
     from glance_trt.build import build
+    from glance_trt.engines import backends, targets
 
     output = tmp_path_factory.mktemp("bundles") / "shapes.bundle"
-    build(str(REPOSITORY / "export/shapes.yaml"), output, engines=["cpu"])
+    engines = [name for name in ("cpu", "rtx") if backends.unavailable(targets.load(name)) is None]
+    build(str(REPOSITORY / "export/shapes.yaml"), output, engines=engines)
     return output
 
 

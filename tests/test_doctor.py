@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -12,6 +13,8 @@ import pytest
 
 from glance_trt import __version__, doctor, recipe
 from glance_trt.doctor import Finding, examine
+
+from .models import driver
 
 
 def finding(what: str) -> Finding:
@@ -52,15 +55,42 @@ def test_everything_that_this_test_environment_has_is_found(monkeypatch: pytest.
     assert found["build for cpu"] == Finding("build for cpu", True, "yes")
     assert found["run cpu"].ok
     assert found["run cpu"].detail.startswith(f"engines built for onnxruntime {metadata.version('onnxruntime')}, cpu ")
-    assert not found["run rtx"].ok
+    assert found["build for cuda"] == Finding("build for cuda", True, "yes")
 
 
 def test_every_shipped_target_is_examined() -> None:
     shipped = sorted(file.stem for file in (Path(__file__).parents[1] / "engines").glob("*.yaml"))
-    assert shipped == list(recipe.shipped_files("target"))
-    assert [item.what for item in examine() if item.what.startswith("build for ")] == [
-        f"build for {x}" for x in shipped
-    ]
+    assert shipped == sorted(recipe.shipped_files("target"))
+    whats = [item.what for item in examine()]
+    assert [what for what in whats if what.startswith("build for ")] == [f"build for {target}" for target in shipped]
+    assert [what for what in whats if what.startswith("run ")] == [f"run {target}" for target in shipped]
+
+
+def test_a_machine_without_the_driver_runs_no_plans_and_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="pip install glance-trt[rtx]")
+    driver.remove(monkeypatch)
+    assert finding("GPU").detail.startswith("there is no NVIDIA driver here (")
+    assert finding("build for rtx").ok
+    assert finding("run rtx").detail.endswith("; install it where an NVIDIA GPU is, or run a target for the CPU")
+
+
+def test_a_gpu_runs_the_targets_that_hold_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="pip install glance-trt[rtx]")
+    monkeypatch.setattr("glance_trt.requirements.is_installed", lambda module: True)
+    driver.install(monkeypatch, "7.5")
+    assert finding("GPU") == Finding("GPU", True, "compute capability 7.5")
+    found = finding("run rtx-turing")
+    assert found.ok
+    version = metadata.version("tensorrt-rtx-cu13")
+    assert found.detail == f"engines built for tensorrt_rtx {version}, compute_capability 7.5"
+    assert "built for GPUs of compute capability 8.0, 8.6, 8.9, 12.0, and this one has 7.5" in finding("run rtx").detail
+
+
+def test_it_imports_nothing_that_takes_seconds() -> None:
+    code = "import sys; from glance_trt.doctor import examine; examine(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout.split()
+    assert "glance_trt.doctor" in loaded
+    assert not {"torch", "diffusers", "onnx", "polygraphy", "cuda.core"} & set(loaded)
 
 
 def test_target_that_cannot_be_built_has_a_reason_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,10 +118,7 @@ def test_two_onnxruntimes_that_overwrite_each_other_are_noticed(monkeypatch: pyt
     installed(monkeypatch, onnxruntime="1.31.1", onnxruntime_gpu="1.31.1")
     found = finding("ONNX Runtime")
     assert not found.ok
-    assert found.detail.startswith(
-        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
-    )
-    assert "uninstall both" in found.detail
+    assert found.detail.startswith("onnxruntime and onnxruntime-gpu overwrite each other's files; uninstall them, then")
 
 
 def test_missing_onnxruntime_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "glance_trt"
 
 TORCH_TIER = ("torch", "diffusers", "transformers", "peft", "onnx")
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "polygraphy")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "nvtx", "polygraphy")
 HEAVY = {*TORCH_TIER, *BACKENDS, "accelerate", "onnx_ir", "onnxscript", "safetensors"}
 BASE = {*sys.stdlib_module_names, "glance_trt", "numpy", "PIL", "tokenizers", "yaml"}
 """What the library's lean tier may import: the base installation, less what only the command line needs."""
 
 CLI = sorted((PACKAGE / "cli").rglob("*.py"))
 BUILDING = sorted(
-    [PACKAGE / f"{name}.py" for name in ("build", "doctor", "verify")]
+    [PACKAGE / f"{name}.py" for name in ("build", "compiling", "doctor", "verify")]
     + [path for name in ("distill", "export", "engines") for path in (PACKAGE / name).rglob("*.py")]
 )
 LEAN = sorted({*PACKAGE.rglob("*.py")} - {*BUILDING, *CLI, PACKAGE / "__init__.py"})

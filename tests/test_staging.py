@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 
 from glance_trt.bundle import Bundle
 from glance_trt.errors import OutputError
-from glance_trt.staging import Staging, key_of, writing
+from glance_trt.staging import Staging, key_of, locked, present, writing
 
 Make = Callable[[Path], list[str]]
 
@@ -98,8 +101,8 @@ def test_what_a_killed_build_left_half_made_is_thrown_away(output: Path) -> None
     staging.stage("key", _maker([], a_txt="a"))
     (staging.folder / "stray.bin").write_text("stray")
     unfinished = staging.folder.parent / "unfinished"
-    unfinished.mkdir()
-    (unfinished / "half").write_text("half")
+    (unfinished / "draft").mkdir(parents=True)
+    (unfinished / "draft" / "half").write_text("half")
     again = Staging(output)
     assert [path.name for path in again.folder.iterdir()] == ["a.txt"]
     assert not unfinished.exists()
@@ -232,3 +235,94 @@ def test_a_place_that_cannot_be_written_is_an_output_error(output: Path, number:
 def test_other_errors_of_the_system_stay_what_they_are(output: Path) -> None:
     with pytest.raises(FileNotFoundError), writing(output):
         (output / "no").read_text()
+
+
+def test_a_process_that_outlives_its_build_cannot_put_its_files_into_the_next(output: Path) -> None:
+    """Each writes into a folder of its own, which the next build clears away."""
+
+    def make(folder: Path) -> list[str]:
+        (folder / "a.txt").write_text("old")
+        again = Staging(output)  # meanwhile the build was killed, and begun anew
+        again.stage("key", _maker([], a_txt="new"))
+        return ["a.txt"]
+
+    with pytest.raises(FileNotFoundError):
+        Staging(output).stage("key", make)
+    assert (Staging(output).folder / "a.txt").read_text() == "new"
+
+
+def test_what_is_there_already_is_counted_once(bundle: Bundle, output: Path) -> None:
+    size = sum(entry.size for entry in bundle.manifest.files.values())
+    assert present(output) == 0
+    assert present(output, bundle) == size
+    staging = Staging(output, bundle)
+    name = next(iter(bundle.manifest.files))
+    staging.stage(key_of(name), _maker([]))  # a link to the bundle's
+    staging.stage("other", _maker([], a_txt="12345"))
+    record = (staging.folder.parent / "finished.json").stat().st_size
+    assert present(output, bundle) == size + 5 + record
+
+
+# --- one build at a time --------------------------------------------------------------------------------------------
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from glance_trt.staging import locked
+
+output, times, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+waited = []
+for _ in range(times):
+    with locked(output, lambda *report: waited.append(report)):
+        os.close(os.open("held", os.O_CREAT | os.O_EXCL))  # fails if another holds it as well
+        print("held", flush=True)
+        time.sleep(seconds)
+        os.unlink("held")
+print(waited, flush=True)
+"""
+
+
+def _hold(output: Path, times: int = 1, seconds: float = 0.0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HOLD, str(output), str(times), str(seconds)]
+    return subprocess.Popen(command, cwd=output.parent, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_second_waits_for_the_first_and_says_so(output: Path) -> None:
+    with _hold(output, seconds=0.5) as first:
+        assert first.stdout
+        first.stdout.readline()
+        with _hold(output) as second:
+            assert second.communicate()[0].splitlines()[-1] == (
+                "[('wait for another build of x.bundle', 0, 1), ('wait for another build of x.bundle', 1, 1)]"
+            )
+        assert first.stdout.read() == "[]\n"
+    assert os.listdir(output.parent) == []
+
+
+def test_never_do_two_hold_it_while_its_file_comes_and_goes(output: Path) -> None:
+    processes = [_hold(output, times=1000) for _ in range(3)]
+    for process in processes:
+        process.communicate()
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert os.listdir(output.parent) == []
+
+
+def test_what_a_killed_build_held_is_free(output: Path) -> None:
+    with _hold(output, seconds=60) as first:
+        assert first.stdout
+        first.stdout.readline()
+        first.kill()
+    reports: list[Any] = []
+    with locked(output, lambda *report: reports.append(report)):
+        assert os.listdir(output.parent).count(".x.bundle.lock") == 1
+    assert reports == []
+    assert ".x.bundle.lock" not in os.listdir(output.parent)
+
+
+def test_an_error_frees_it_and_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "x.bundle").symlink_to(tmp_path / "disk" / "real.bundle")
+    with contextlib.suppress(KeyboardInterrupt), locked(tmp_path / "x.bundle"):
+        assert os.listdir(tmp_path / "disk") == [".real.bundle.lock"]
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path / "disk") == []

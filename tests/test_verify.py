@@ -20,6 +20,7 @@ from glance_trt.errors import ParityError
 from glance_trt.export.reference import DiffusersReference
 from glance_trt.verify import compare, psnr
 
+from .models.in_process import InProcess
 from .models.recipes import RECIPE
 
 
@@ -39,6 +40,8 @@ def bundle(home: Path, traced: Callable[..., Any], tmp_path_factory: pytest.Temp
     """The recipe's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("glance_trt.export.trace.trace", traced)
+        for module in ("build", "compiling"):
+            patch.setattr(f"glance_trt.{module}.Worker", InProcess)
         return build(str(home / "tiny.yaml"), tmp_path_factory.mktemp("built") / "tiny.bundle").bundle
 
 

@@ -21,7 +21,12 @@ from glance_trt.cli.bars import bars
     help="Build for this target; repeatable. Default: the recipe's.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that differs.")
-def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool) -> None:
+@click.option(
+    "--preflight/--no-preflight",
+    default=True,
+    help="Whether to refuse, before the work begins, what disk or memory cannot hold.",
+)
+def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool, preflight: bool) -> None:
     """Build a bundle: fuse the LoRAs, export the graphs, compile engines, compare with PyTorch.
 
     RECIPE is a YAML file, or the name of a shipped recipe. A build that was interrupted goes on where it stopped.
@@ -32,13 +37,18 @@ def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool
     from glance_trt.build import build
 
     with bars() as progress:
-        report = build(recipe, output, engines=engines, overwrite=overwrite, progress=progress)
+        report = build(
+            recipe, output, engines=engines, overwrite=overwrite, check_resources=preflight, progress=progress
+        )
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
     if report.unchanged:
         click.echo(f"{output} is up to date", err=True)
     for stage, seconds in report.seconds.items():
         click.echo(f"{stage:<20} {seconds:7.1f} s", err=True)
-    for item in report.parity:
-        click.echo(f"parity {item.graph:<16} {item}", err=True)
+    for name, results in report.parity.items():
+        for item in results:
+            click.echo(f"parity {name} {item.graph:<16} {item}", err=True)
+    if report.page:
+        click.echo(f"report {os.fspath(report.page)}", err=True)
     click.echo(os.fsencode(output))

@@ -21,5 +21,6 @@ def command(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([vars(finding) for finding in findings]))
         return
+    width = max(len(finding.what) for finding in findings)
     for finding in findings:
-        click.echo(f"{'ok' if finding.ok else '--':<3} {finding.what:<22} {' '.join(finding.detail.split())}")
+        click.echo(f"{'ok' if finding.ok else '--'}  {finding.what:<{width}}  {' '.join(finding.detail.split())}")

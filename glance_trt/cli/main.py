@@ -14,7 +14,7 @@ import click
 from glance_trt import __version__
 from glance_trt.errors import GlanceError, OutputError, TargetError
 
-_COMMANDS = ("schedule", "distill", "build", "generate", "inspect", "verify", "bench", "doctor")
+_COMMANDS = ("schedule", "distill", "build", "compile", "generate", "inspect", "verify", "bench", "doctor")
 
 
 class _Commands(click.Group):

@@ -4,92 +4,166 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from glance_trt.bundle import Engine, Graph, Image, Port
-from glance_trt.engines.targets import Target
+from glance_trt.bundle import DType, Engine, Graph, Image, Port
+from glance_trt.engines.targets import Profile, Ranges, Target
+from glance_trt.errors import RecipeError
 from glance_trt.progress import Progress, silent
+from glance_trt.requirements import unrunnable
 
-Ranges = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-"""For each input with named dimensions: its smallest, usual and largest shape."""
+__all__ = ["Built", "build", "built", "needs", "portable", "ranges", "requires", "unavailable", "unrunnable"]
 
-_FOR_ONNXRUNTIME = (("onnxruntime", "cpu"), ("onnx", "export"))
+_MODULES = {"onnxruntime": (("onnxruntime", "cpu"), ("onnx", "export")), "onnxruntime-gpu": (("onnx", "export"),)}
+"""By backend: the modules that building needs, and the extra that has each."""
+_PROVIDERS = {
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "nv_tensorrt_rtx": "NvTensorRTRTXExecutionProvider",
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that `build` made: its file, the weights files that this refers to, and what it was seen to compute in.
+
+    precision: the number of layers, by type of layer and dtype; empty where the backend does not tell.
+    """
+
+    file: str
+    weights: tuple[str, ...] = ()
+    precision: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def unavailable(target: Target) -> str | None:
     """Why this machine cannot build a target; None if it can."""
-    if target.backend == "onnxruntime":
-        if target.dtype != "float32":
-            return f"ONNX Runtime engines compute in float32 on a CPU, not in {target.dtype}; change the target's dtype"
-        missing = [(name, extra) for name, extra in _FOR_ONNXRUNTIME if importlib.util.find_spec(name) is None]
-        return f"{missing[0][0]} is not installed; pip install 'glance-trt[{missing[0][1]}]'" if missing else None
-    from glance_trt.engines import tensorrt
+    if target.backend not in _MODULES:
+        from glance_trt.engines import tensorrt
 
-    return tensorrt.unavailable(target)
+        return tensorrt.unavailable(target)
+    if target.backend == "onnxruntime" and target.dtype != "float32":
+        return f"ONNX Runtime engines compute in float32 on a CPU, not in {target.dtype}; change the target's dtype"
+    missing = [item for item in _MODULES[target.backend] if importlib.util.find_spec(item[0]) is None]
+    return f"{missing[0][0]} is not installed; pip install 'glance-trt[{missing[0][1]}]'" if missing else None
 
 
 def requires(target: Target) -> dict[str, str]:
-    """What the engines of a target need where they run, if they are built here."""
+    """What the engines of a target need where they run, if they are built here. Raises `TargetError`."""
     if target.backend == "onnxruntime":
         from glance_trt.runtime.runners.onnxruntime import requirements
 
         return requirements()
+    if target.backend == "onnxruntime-gpu":
+        return needs(target)
     from glance_trt.engines import tensorrt
 
     return tensorrt.requires(target)
 
 
-def ranges(graph: Graph, target: Target, image: Image) -> Ranges:
-    """The shapes that a graph's engine is to take; ONNX Runtime's take all."""
-    if target.backend == "onnxruntime":
-        return {}
-    _, height, width = image.latent_shape
+def needs(target: Target) -> dict[str, str]:
+    """What the engines of a target need where they run, wherever they are built."""
+    if target.backend == "onnxruntime-gpu":
+        return {"provider": _PROVIDERS[target.provider]}
+    if target.hardware_compatibility == "ampere_plus":
+        return {"compute_capability": "8.0+"}
+    held = " ".join(target.compute_capabilities)
+    return {"compute_capability": held} if held else {}
 
-    def shape(port: Port, batch: int) -> tuple[int, ...]:
-        sizes = {"h": height, "w": width}
-        return tuple(
-            dim if isinstance(dim, int) else batch if dim == "batch" else sizes[dim.rpartition("*")[2]]
-            for dim in port.shape
-        )
 
-    return {
-        port.name: (shape(port, target.min_batch), shape(port, target.opt_batch), shape(port, target.max_batch))
-        for port in graph.inputs
-        if any(isinstance(dim, str) for dim in port.shape)
-    }
+def ranges(graph: Graph, target: Target, image: Image) -> list[Ranges]:
+    """The shapes that a graph's engine is to take, one for each optimisation profile; ONNX Runtime's take all.
+
+    Raises `RecipeError` for a size of images that the graph cannot take.
+    """
+    if target.backend in _MODULES:
+        return []
+    found = []
+    for i, profile in enumerate(target.profiles or (Profile(),)):
+        sizes = {
+            "batch": profile.batch,
+            "h": _latents(
+                "height", profile.height or (image.height,) * 3, graph, image, f"{target.name}: profiles[{i}]"
+            ),
+            "w": _latents("width", profile.width or (image.width,) * 3, graph, image, f"{target.name}: profiles[{i}]"),
+        }
+        shapes = {
+            port.name: (_shape(port, sizes, 0), _shape(port, sizes, 1), _shape(port, sizes, 2))
+            for port in graph.inputs
+            if any(isinstance(dim, str) for dim in port.shape)
+        }
+        if shapes not in found:  # what differs for the denoiser may be the same for a text encoder
+            found.append(shapes)
+    return found
+
+
+def _latents(side: str, pixels: tuple[int, ...], graph: Graph, image: Image, where: str) -> tuple[int, ...]:
+    """Sizes of images along one side, as sizes of the latents. Raises `RecipeError`."""
+    dims = [dim for port in graph.inputs for dim in port.shape if isinstance(dim, str)]
+    factors = [int(factor) for factor, _, name in (dim.rpartition("*") for dim in dims) if name == side[0] and factor]
+    unit = image.latent_scale * max(factors, default=1)
+    for size in pixels:
+        if size % unit:
+            raise RecipeError(f"target {where}.{side}: expected multiples of {unit} pixels for this model, got {size}")
+    return tuple(size // image.latent_scale for size in pixels)
+
+
+def _shape(port: Port, sizes: Mapping[str, tuple[int, ...]], which: int) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else sizes[dim.rpartition("*")[2]][which] for dim in port.shape)
 
 
 def build(
     target: Target,
     graphs: Mapping[str, Path],
-    ranges: Mapping[str, Ranges],
+    ranges: Mapping[str, list[Ranges]],
     *,
     group: str,
     directory: Path,
+    dtypes: Mapping[str, DType] | None = None,
     progress: Progress = silent,
-) -> dict[str, Engine]:
+) -> dict[str, Built]:
     """Build a target's engines of ``.onnx`` files, given by graph name, into `directory`.
 
-    ONNX Runtime's share the weights they have in common, in a file named for `group`. Raises `TargetError`,
-    `ModelError` and `OutputError`.
+    ONNX Runtime's share the weights they have in common, in a file named for `group`. dtypes: what each graph computes
+    in, if that is not the target's own. Nothing is built where the portable graphs themselves are the engines, see
+    `portable`. Raises `TargetError`, `ModelError` and `OutputError`.
     """
+    if target.backend == "onnxruntime-gpu":
+        return {}
     if target.backend == "onnxruntime":
         from glance_trt.engines import onnxruntime
 
         groups = dict.fromkeys(graphs, group)
-        return onnxruntime.build(graphs, directory=directory, prefix=target.name, groups=groups, progress=progress)
+        made = onnxruntime.build(graphs, directory=directory, prefix=target.name, groups=groups, progress=progress)
+        return {name: Built(engine.file, engine.weights) for name, engine in made.items()}
     from glance_trt.engines import tensorrt
 
-    return tensorrt.build(
-        graphs, directory=directory, prefix=target.name, target=target, shapes=ranges, progress=progress
+    counts = tensorrt.build(
+        graphs, directory=directory, target=target, ranges=ranges, dtypes=dtypes or {}, progress=progress
     )
+    return {graph: Built(tensorrt.file_name(target, graph), (), counted) for graph, counted in counts.items()}
 
 
 def built(target: Target, directory: Path, graph: str) -> Engine:
     """The engine of one graph among those that `build` left in `directory`."""
     if target.backend == "onnxruntime":
         return _optimised(directory, f"{target.name}.{graph}.onnx")
-    return Engine(f"{target.name}.{graph}.plan")
+    from glance_trt.engines import tensorrt
+
+    return Engine(tensorrt.file_name(target, graph))
+
+
+def portable(target: Target, graphs: Mapping[str, Graph], dtypes: Mapping[str, DType]) -> dict[str, Engine] | None:
+    """The engines of a target that runs the portable graphs as they are; None for one whose engines are built.
+
+    dtypes: what each graph computes in.
+    """
+    if target.backend != "onnxruntime-gpu":
+        return None
+    return {
+        name: Engine(graph.files[dtypes[name]], graph.weights, None if dtypes[name] == target.dtype else dtypes[name])
+        for name, graph in graphs.items()
+    }
 
 
 def _optimised(folder: Path, file: str) -> Engine:

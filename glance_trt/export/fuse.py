@@ -7,11 +7,14 @@ LoRA changed and what its guide added. Memory is bounded by the largest tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from glance_trt.export import lora
-from glance_trt.export.guide import GuideFile
 from glance_trt.export.lora import Lora
 from glance_trt.export.weights import Fused, TensorRef
+
+if TYPE_CHECKING:
+    from glance_trt.export.guide import GuideFile
 
 BASE = "denoiser.base.safetensors"
 GUIDE = "guide."

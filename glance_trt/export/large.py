@@ -21,14 +21,11 @@ from glance_trt.export import parity, trace
 from glance_trt.export.families import Family
 from glance_trt.export.guide import GuideFile
 from glance_trt.export.lora import Lora, Pair
-from glance_trt.export.parity import Parity
-from glance_trt.export.trace import Source
-from glance_trt.export.weights import DTYPES, TensorRef, component_tensors, read_header
+from glance_trt.export.parity import LIMIT, Parity
+from glance_trt.export.source import Source
+from glance_trt.export.weights import TensorRef, component_tensors, read_header, torch_dtype
 from glance_trt.progress import Progress, silent
 from glance_trt.runtime.runners import Runner
-
-LIMIT = 2_000_000_000
-"""A component whose weights in float32 are larger is not loaded, bytes."""
 
 SAMPLES = 8
 """Fused tensors of each phase that are checked, besides the largest."""
@@ -39,7 +36,7 @@ def oversized(tensors: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, str]:
     return {
         kind: next(iter(refs.values())).dtype
         for kind, refs in tensors.items()
-        if sum(math.prod(ref.shape) for ref in refs.values()) * torch.float32.itemsize > LIMIT
+        if 4 * sum(ref.size for ref in refs.values()) > LIMIT
     }
 
 
@@ -47,15 +44,15 @@ def check_reduced(
     family: Family,
     guides: Mapping[str, GuideFile],
     stored: Mapping[str, str],
-    dtype: str,
+    dtypes: Mapping[str, str],
     *,
     open_graphs: Callable[[Path, Mapping[str, str]], Runner] = parity.PortableRunner,
     progress: Progress = silent,
 ) -> list[Parity]:
     """Trace components of a small model, give them random weights, and compare their graphs with PyTorch.
 
-    family, guides: what `Family.reduced` returns. stored: the components, with the dtype of their weights. dtype: that
-    the graphs compute in. open_graphs: makes a runner of a folder and the graphs' files there by name, by default of
+    family, guides: what `Family.reduced` returns. stored: the components, with the dtype of their weights. dtypes:
+    what each computes in. open_graphs: makes a runner of a folder and the graphs' files there by name, by default of
     the portable graphs as they are. Graphs are named as in `Family.sources`. Raises `ParityError`.
     """
     results: list[Parity] = []
@@ -70,12 +67,12 @@ def check_reduced(
             part.mkdir()
             save_file(_random_weights(source, stored[kind]), part / "diffusion_pytorch_model.safetensors")
             progress(f"trace reduced {graph}", 0, 1)
-            trace.bind(trace.trace(source, dtype), component_tensors(part), part / f"{graph}.onnx")
+            trace.bind(trace.trace(source, dtypes[kind]), component_tensors(part), part / f"{graph}.onnx")
             progress(f"trace reduced {graph}", 1, 1)
             reference = parity.Reference(family, Path(name), dict.fromkeys(guides), guides)
             runner = open_graphs(part, {graph: f"{graph}.onnx"})
             try:
-                results += parity.check(runner, {graph: dtype}, reference, sources, progress)
+                results += parity.check(runner, {graph: dtypes[kind]}, reference, sources, progress)
             except ParityError as error:
                 raise ParityError(f"in a reduced model with random weights, {error}") from None
             finally:
@@ -113,7 +110,7 @@ def _random_weights(source: Source, dtype: str) -> dict[str, torch.Tensor]:
     for name, value in source.build().state_dict().items():
         noise = torch.randn(value.shape, generator=generator)
         value = noise / math.sqrt(value[0].numel()) if value.ndim > 1 else value + 0.1 * noise
-        weights[name.removeprefix(source.prefix)] = value.to(DTYPES[dtype])
+        weights[name.removeprefix(source.prefix)] = value.to(torch_dtype(dtype))
     return weights
 
 

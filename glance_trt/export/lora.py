@@ -8,11 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from glance_trt.errors import LoraError, ModelError
 from glance_trt.export.weights import Fused, TensorRef, read_header
+
+if TYPE_CHECKING:
+    import torch
 
 _DOWN = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight")
 _UP = re.compile(r"(.+?)[._](?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight")

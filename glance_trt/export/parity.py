@@ -3,6 +3,8 @@
 The reference is diffusers' and transformers' own modules, in float32. Its LoRAs are fused another way than
 `glance_trt.export.lora` does, so that the comparison covers fusing too, and rounded like there: unfused ones would
 differ by what rounding to bfloat16 does to the weights, which is no error.
+
+PyTorch is imported where the reference computes, so that results can be read without it.
 """
 
 from __future__ import annotations
@@ -11,23 +13,27 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
-from torch.nn import functional as F
 
 from glance_trt.errors import ParityError
 from glance_trt.export.families import Family, source_of
 from glance_trt.export.fuse import GUIDE
-from glance_trt.export.guide import GuideFile
 from glance_trt.export.lora import Lora
-from glance_trt.export.trace import Source
-from glance_trt.export.weights import DTYPES, TensorRef, component_tensors
+from glance_trt.export.source import Source
+from glance_trt.export.weights import TensorRef, component_tensors, torch_dtype
 from glance_trt.progress import Progress, silent
 from glance_trt.runtime.runners import Runner
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from glance_trt.export.guide import GuideFile
+
+LIMIT = 2_000_000_000
+"""A component whose weights in float32 are larger is not loaded, bytes: `glance_trt.export.large` compares it."""
 
 TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
 """Largest accepted error by the graph's compute dtype, relative to the reference's largest value."""
@@ -67,6 +73,8 @@ class Reference:
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """What `graph` should put out for `inputs`."""
+        import torch
+
         kind, _, phase = graph.partition(".")
         source, key = source_of(self._sources, graph), (kind, phase if phase in self._guides else "")
         if not self._loaded or self._loaded[0] != key:
@@ -169,6 +177,8 @@ def _resolve(dim: str, sizes: Mapping[str, int]) -> int:
 @contextlib.contextmanager
 def _fused(module: nn.Module, lora: Lora | None, prefix: str, stored: Mapping[str, TensorRef]) -> Iterator[None]:
     """While open, the weights that the LoRA names are changed by it, and rounded to the dtype they are stored in."""
+    from torch.nn import functional as F
+
     before = {}
     for name, pair in lora.pairs.items() if lora else ():
         weight = before[name] = module.get_parameter(prefix + name).data
@@ -176,7 +186,7 @@ def _fused(module: nn.Module, lora: Lora | None, prefix: str, stored: Mapping[st
         # The update's columns are what the layer's two factors, one after the other, make of unit inputs.
         linear = weight.ndim == 2
         update = F.linear(down.T, up).T if linear else F.conv2d(down.transpose(0, 1), up).transpose(0, 1)
-        changed = (weight.double() + pair.scale * update).to(DTYPES[stored[name].dtype])
+        changed = (weight.double() + pair.scale * update).to(torch_dtype(stored[name].dtype))
         module.get_parameter(prefix + name).data = changed.float()
     try:
         yield

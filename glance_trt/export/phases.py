@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glance_trt.errors import RecipeError
-from glance_trt.export import guide, lora
+from glance_trt.export import lora
 from glance_trt.export.families import Family, read_json
-from glance_trt.export.guide import GuideFile
 from glance_trt.export.lora import Lora
 from glance_trt.export.weights import TensorRef
 from glance_trt.recipe import Recipe
+
+if TYPE_CHECKING:
+    from glance_trt.export.guide import GuideFile
 
 
 def loras(recipe: Recipe, folder: Path, tensors: Mapping[str, TensorRef]) -> dict[str, Lora | None]:
@@ -24,6 +27,8 @@ def loras(recipe: Recipe, folder: Path, tensors: Mapping[str, TensorRef]) -> dic
 
 def guides(recipe: Recipe, folder: Path, family: Family) -> dict[str, GuideFile]:
     """The guides of the phases that have one. Raises `LoraError`."""
+    from glance_trt.export import guide
+
     component = folder / recipe.model / family.components["denoiser"]
     config = read_json(component / "config.json", f"{component}: missing, with its config.json")
     return {phase.name: guide.read(folder / phase.guide, config) for phase in recipe.phases if phase.guide}

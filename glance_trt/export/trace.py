@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glance_trt.bundle import Port
 from glance_trt.errors import ModelError
+from glance_trt.export.source import Source
 from glance_trt.export.weights import TensorRef
 
 OPSET = 20
@@ -32,24 +32,6 @@ _STORED = {
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
 }
-
-
-@dataclass(frozen=True)
-class Source:
-    """A graph to be traced.
-
-    `build` makes the module, in any dtype; its forward takes `inputs` in order and returns `outputs`. `prefix`
-    leads from the module's state-dict names to the weights' names. For the named dimensions (``h`` in ``8*h``), `sizes`
-    gives example values, at least 2, and `limits` the largest ones.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    prefix: str
-    sizes: Mapping[str, int]
-    limits: Mapping[str, int]
 
 
 def trace(source: Source, dtype: str) -> ir.Model:

@@ -1,7 +1,8 @@
 """Weights as safetensors files: where each tensor lies, and writing a file one tensor at a time.
 
 A safetensors file is a JSON header and a flat buffer, so a tensor is (file, offset, length): exactly what an ONNX
-external-data reference holds. Nothing here ever has more than one tensor in memory.
+external-data reference holds. Nothing here ever has more than one tensor in memory, and only the values of tensors need
+PyTorch, not where they lie.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from glance_trt.errors import ModelError
 from glance_trt.progress import Progress, silent
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
 }
-"""Supported tensor types, by their safetensors names. Text encoders of old files hold integers: position ids."""
+"""Supported tensor types, by their safetensors names: PyTorch's name, and bytes per value. Text encoders of old files
+hold integers: position ids."""
 
 _HEADER_LIMIT = 100 << 20
 _BLOCK = 8 << 20
@@ -35,7 +39,7 @@ _BLOCK = 8 << 20
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor in a file: `offset` and `length` are bytes from the file's beginning; `dtype` is a key of `DTYPES`."""
+    """A tensor in a file: `offset` and `length` are bytes from the file's beginning; `dtype` is safetensors' name."""
 
     file: Path
     dtype: str
@@ -43,14 +47,28 @@ class TensorRef:
     offset: int
     length: int
 
+    @property
+    def size(self) -> int:
+        """The number of its values."""
+        return math.prod(self.shape)
+
     def read(self) -> torch.Tensor:
         """The tensor, in its stored dtype; the caller owns it."""
+        import torch
+
         with open(self.file, "rb") as file:
             file.seek(self.offset)
             data = bytearray(file.read(self.length))
         if not self.length:
-            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
+            return torch.empty(self.shape, dtype=torch_dtype(self.dtype))
+        return torch.frombuffer(data, dtype=torch_dtype(self.dtype)).view(self.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """PyTorch's dtype of safetensors' name for it."""
+    import torch
+
+    return getattr(torch, _DTYPES[name][0])
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
@@ -71,9 +89,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
                 raise ValueError(f"{name} has the shape {list(shape)}")
             if not 0 <= start <= end <= size - 8 - length:
                 raise ValueError(f"{name} lies outside the file, which may be truncated")
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has dtype {entry['dtype']}; supported: {', '.join(DTYPES)}")
-            if end - start != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}")
+            if end - start != math.prod(shape) * _DTYPES[entry["dtype"]][1]:
                 raise ValueError(f"{name} has {end - start} bytes, which its shape {list(shape)} does not explain")
             tensors[name] = TensorRef(path, entry["dtype"], shape, 8 + length + start, end - start)
     except OSError as error:
@@ -165,6 +183,8 @@ def write(
 
 def _blocks(tensor: TensorRef | Fused) -> Iterable[bytes | memoryview]:
     if isinstance(tensor, Fused):
+        import torch
+
         value = tensor.compute().contiguous().view(-1)
         yield memoryview(value.view(torch.uint8).numpy())
         return

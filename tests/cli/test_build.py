@@ -23,7 +23,8 @@ def report(bundle: Path, **changes: Any) -> build.Report:
     fields: dict[str, Any] = {
         "bundle": Bundle.open(bundle),
         "seconds": {"fuse and export": 1.25, "engine cpu": 62.0},
-        "parity": [Parity("denoiser.slow", 1.5e-6, 1e-4)],
+        "parity": {"cpu": [Parity("denoiser.slow", 1.5e-6, 1e-4)]},
+        "page": Path("x.bundle.report.html"),
         "notes": ("slow.safetensors names no alpha",),
     }
     return build.Report(**fields | changes)
@@ -35,7 +36,7 @@ def test_arguments_reach_the_library_and_the_bundle_is_printed(
     calls: list[Any] = []
 
     def record(recipe: str, output: Path, *, progress: Any, **options: Any) -> build.Report:
-        calls.append((recipe, output, options["engines"], options["overwrite"]))
+        calls.append((recipe, output, options["engines"], options["overwrite"], options["check_resources"]))
         progress("fuse", 0, 1)
         return report(tiny_bundle)
 
@@ -46,16 +47,20 @@ def test_arguments_reach_the_library_and_the_bundle_is_printed(
         "note: slow.safetensors names no alpha",
         "fuse and export 1.2 s",
         "engine cpu 62.0 s",
-        "parity denoiser.slow 1.5e-06 of the largest value, at most 0.0001",
+        "parity cpu denoiser.slow 1.5e-06 of the largest value, at most 0.0001",
+        "report x.bundle.report.html",
     ]
-    run("build", "shapes", "-o", "y.bundle")
-    assert calls == [("r.yaml", Path("x.bundle"), ("cpu", "rtx"), True), ("shapes", Path("y.bundle"), (), False)]
+    run("build", "shapes", "-o", "y.bundle", "--no-preflight")
+    assert calls == [
+        ("r.yaml", Path("x.bundle"), ("cpu", "rtx"), True, True),
+        ("shapes", Path("y.bundle"), (), False, False),
+    ]
 
 
 def test_bundle_that_is_there_already_is_printed_as_well(
     run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unchanged = report(tiny_bundle, seconds={}, parity=[], notes=(), unchanged=True)
+    unchanged = report(tiny_bundle, seconds={}, parity={}, page=None, notes=(), unchanged=True)
     monkeypatch.setattr(build, "build", lambda *_, **__: unchanged)
     shown = run("build", "r.yaml", "-o", "x.bundle")
     assert (shown.code, shown.out, shown.err) == (0, "x.bundle\n", "x.bundle is up to date\n")
@@ -82,7 +87,7 @@ def test_output_is_required(run: Run) -> None:
     [
         (["none.yaml"], 3, r"error: none.yaml: no such file, and no shipped recipe of that name (shapes"),
         (["wrong.yaml"], 3, r"error: wrong.yaml: phases: missing"),
-        (["shapes", "--engine", "gpu"], 3, r"error: gpu: no such file, and no shipped target of that name (cpu, rtx"),
+        (["shapes", "--engine", "gpu"], 3, r"error: gpu: no such file, and no shipped target of that name (cpu, "),
         (
             ["shapes", "--engine", "half.yaml"],
             7,

@@ -37,7 +37,7 @@ HEAVY = {
     "PIL",
     "scipy",
 }
-COMMANDS_OF_THE_DESIGN = {"schedule", "distill", "build", "generate", "inspect", "verify", "bench", "doctor"}
+COMMANDS_OF_THE_DESIGN = {"schedule", "distill", "build", "compile", "generate", "inspect", "verify", "bench", "doctor"}
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

@@ -48,6 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Stable Diffusion 1.5's, as far as they differ from the classes' defaults."""
 
 KINDS = {"text_encoder": "F32", "denoiser": "F16", "decoder": "BF16"}
+FLOAT32 = dict.fromkeys(KINDS, "float32")
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def _engines(folder: Path, files: Mapping[str, str]) -> Runner:
 def test_graphs_of_a_reduced_model_are_compared_whole(open_graphs: Any, full_size: StableDiffusion) -> None:
     config = guide.configure("tiny", CONFIGS["unet"], 860_000_000)
     family, guides = full_size.reduced(dict.fromkeys(["middle", "fast"], GuideFile(Path("guide"), config, {})))
-    found = large.check_reduced(family, guides, KINDS, "float32", open_graphs=open_graphs)
+    found = large.check_reduced(family, guides, KINDS, FLOAT32, open_graphs=open_graphs)
     assert [item.graph for item in found] == ["text_encoder", "denoiser", "denoiser.middle", "decoder"]
     assert all(item.error <= item.tolerance for item in found)
 
@@ -115,7 +116,7 @@ def test_a_graph_that_differs_is_refused(reduced: StableDiffusion) -> None:
             return {name: 1.001 * value for name, value in super().run(graph, inputs).items()}
 
     with pytest.raises(ParityError, match=r"^in a reduced model.*, text_encoder: differs .* by 0\.00.*for float32"):
-        large.check_reduced(reduced, {}, {"text_encoder": "F16"}, "float32", open_graphs=Altered)
+        large.check_reduced(reduced, {}, {"text_encoder": "F16"}, FLOAT32, open_graphs=Altered)
 
 
 def test_components_are_measured_in_float32(unet_weights: dict[str, TensorRef], monkeypatch: Any) -> None:

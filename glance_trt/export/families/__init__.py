@@ -1,17 +1,22 @@
-"""One adapter per model family: all that glance-trt knows of a family is in that one file."""
+"""One adapter per model family: all that glance-trt knows of a family is in that one file.
+
+An adapter is plain data, which can be sent to another process, and importing it does not import PyTorch.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from glance_trt.bundle import Image
+from glance_trt.bundle import DType, Image
 from glance_trt.errors import ModelError
-from glance_trt.export.guide import GuideFile
-from glance_trt.export.trace import Source
+from glance_trt.export.source import Source
 from glance_trt.recipe import Recipe
+
+if TYPE_CHECKING:
+    from glance_trt.export.guide import GuideFile
 
 
 class Family(Protocol):
@@ -28,6 +33,13 @@ class Family(Protocol):
     def reduced(self, guides: Mapping[str, GuideFile]) -> tuple[Family, dict[str, GuideFile]]:
         """A small model of the same blocks, without weights: the same kinds of graphs with few channels, layers and
         heads. The guides fit it, and have no tensors."""
+
+    def dtype(self, kind: str, wanted: DType) -> DType:
+        """What a component is to compute in where a target wants ``float32``, ``float16`` or ``bfloat16``: another
+        dtype where in that one the model is known to fail."""
+
+    def files(self) -> list[Path]:
+        """The files of the model that decide what is built, besides weights: configurations and tokenizers."""
 
     def weight_name(self, name: str) -> str:
         """The name that a parameter of the traced module may have in older weights files."""

@@ -1,4 +1,7 @@
-"""Stable Diffusion 1.x and 2.x: CLIP text encoder, UNet2DConditionModel, AutoencoderKL."""
+"""Stable Diffusion 1.x and 2.x: CLIP text encoder, UNet2DConditionModel, AutoencoderKL.
+
+PyTorch is imported where a module is built: what a model folder says of itself is known without it.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,19 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from glance_trt.bundle import Image, Port
+from glance_trt.bundle import DType, Image, Port
 from glance_trt.errors import ModelError, RecipeError
-from glance_trt.export import guide
 from glance_trt.export.families import read_json
-from glance_trt.export.guide import Guide, GuideFile
-from glance_trt.export.trace import Source
+from glance_trt.export.source import Source
 from glance_trt.recipe import Recipe
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+    from torch import nn
+
+    from glance_trt.export.guide import Config, GuideFile
 
 # UNet2DConditionModel's upsampler takes another path from a batch of 64 on (a workaround for a bfloat16 kernel that
 # counted in 32 bits); guidance doubles the batch, so 31 images are what one traced graph can promise.
@@ -29,100 +31,6 @@ _MAX_BATCH = 31
 # What early diffusers versions, and so the published files of Stable Diffusion 1, call the VAE's attention.
 _OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _VAE_ATTENTION = re.compile(rf"(decoder\.mid_block\.attentions\.\d+\.)({'|'.join(_OLD_VAE_NAMES)})(\.\w+)")
-
-
-class Step(nn.Module):
-    """One sampling step without guidance, the scheduler's update included: ``a * x + b * model(c_in * x, t)``."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, latents: Tensor, timestep: Tensor, coefficients: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """latents [B, C, H, W], timestep [], coefficients [3] (c_in, a, b), prompt_embeds [B, L, D]; all float32."""
-        predicted = self.predict(latents * coefficients[0], timestep, prompt_embeds)
-        return coefficients[1] * latents + coefficients[2] * predicted
-
-    def predict(self, sample: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """The UNet in its own dtype, float32 outside."""
-        dtype = next(self.unet.parameters()).dtype
-        return self.unet(sample.to(dtype), timestep, prompt_embeds.to(dtype), return_dict=False)[0].float()
-
-
-class EmbeddedStep(Step):
-    """The same with a guide, which takes the guidance scale."""
-
-    def __init__(self, unet: nn.Module, config: guide.Config) -> None:
-        super().__init__(unet)
-        self.guide = Guide(config)
-
-    def forward(  # type: ignore[override]
-        self, latents: Tensor, timestep: Tensor, coefficients: Tensor, guidance_scale: Tensor, prompt_embeds: Tensor
-    ) -> Tensor:
-        """As `Step.forward`, with guidance_scale []; all float32."""
-        with self.guide.acting(self.unet, timestep, prompt_embeds, guidance_scale):
-            return super().forward(latents, timestep, coefficients, prompt_embeds)
-
-
-class GuidedStep(Step):
-    """The same with classifier-free guidance: both predictions in one batch."""
-
-    def __init__(self, unet: nn.Module, rescale: float) -> None:
-        super().__init__(unet)
-        self.rescale = rescale
-
-    def forward(  # type: ignore[override]
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        coefficients: Tensor,
-        guidance_scale: Tensor,
-        prompt_embeds: Tensor,
-        negative_prompt_embeds: Tensor,
-    ) -> Tensor:
-        """As `Step.forward`, with guidance_scale [] and negative_prompt_embeds [B, L, D]; all float32."""
-        sample = latents * coefficients[0]
-        embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        both = self.predict(torch.cat([sample, sample]), timestep, embeds)
-        # Slices, not chunk: torch.export would fix the batch size to make chunk's number of outputs known.
-        batch = latents.shape[0]
-        unconditional, conditional = both[:batch], both[batch:]
-        predicted = unconditional + guidance_scale * (conditional - unconditional)
-        if self.rescale:  # arXiv 2305.08891, eq. 15 and 16
-            ratio = _std(conditional) / _std(predicted)
-            predicted = predicted * (self.rescale * ratio + (1 - self.rescale))
-        return coefficients[1] * latents + coefficients[2] * predicted
-
-
-def _std(x: Tensor) -> Tensor:
-    return x.std(dim=(1, 2, 3), keepdim=True)
-
-
-class TextEncoder(nn.Module):
-    """input_ids [B, L] int64 to prompt_embeds [B, L, D] float32."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.encoder(input_ids, return_dict=False)[0].float()
-
-
-class Decoder(nn.Module):
-    """latents [B, C, H, W] float32 to images [B, 8 H, 8 W, 3] uint8."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        vae.encoder = vae.quant_conv = None  # the graph needs the decoder's half only
-        self.vae = vae
-
-    def forward(self, latents: Tensor) -> Tensor:
-        scaled = (latents / self.vae.config.scaling_factor).to(next(self.vae.parameters()).dtype)
-        image = self.vae.decode(scaled, return_dict=False)[0].float()
-        # Channels last before the conversion: TensorRT-RTX 1.7 rejects a permute of uint8.
-        pixels = (image / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
-        return pixels.round().to(torch.uint8)
 
 
 class StableDiffusion:
@@ -176,18 +84,18 @@ class StableDiffusion:
         return {
             "text_encoder": Source(
                 "text_encoder",
-                lambda: TextEncoder(CLIPTextModel(CLIPTextConfig(**text))),
+                self._text_encoder,
                 (Port("input_ids", "int64", ("batch", length), "tokens.tokenizer"),),
                 (Port("prompt_embeds", "float32", embeds),),
                 "encoder.",
                 {"batch": 2},
                 {"batch": _MAX_BATCH},
             ),
-            "denoiser": step(self._guided_step, guided) if cfg else step(lambda: Step(self._unet()), plain),
+            "denoiser": step(self._guided_step, guided) if cfg else step(self._step, plain),
             **{f"denoiser.{phase}": by_config[str(item.config)] for phase, item in (guides or {}).items()},
             "decoder": Source(
                 "decoder",
-                lambda: Decoder(AutoencoderKL.from_config(vae)),
+                self._decoder,
                 (Port("latents", "float32", latents, "latents"),),
                 (Port("images", "uint8", pixels),),
                 "vae.",
@@ -197,13 +105,38 @@ class StableDiffusion:
         }
 
     def _unet(self) -> UNet2DConditionModel:
+        from diffusers import UNet2DConditionModel
+
         return UNet2DConditionModel.from_config(self._configs["unet"])
 
-    def _embedded_step(self, config: guide.Config) -> nn.Module:
+    def _step(self) -> nn.Module:
+        from glance_trt.export.modules import Step
+
+        return Step(self._unet())
+
+    def _embedded_step(self, config: Config) -> nn.Module:
+        from glance_trt.export.modules import EmbeddedStep
+
         return EmbeddedStep(self._unet(), config)
 
     def _guided_step(self) -> nn.Module:
+        from glance_trt.export.modules import GuidedStep
+
         return GuidedStep(self._unet(), self._recipe.guidance.rescale)
+
+    def _text_encoder(self) -> nn.Module:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        from glance_trt.export.modules import TextEncoder
+
+        return TextEncoder(CLIPTextModel(CLIPTextConfig(**self._configs["text_encoder"])))
+
+    def _decoder(self) -> nn.Module:
+        from diffusers import AutoencoderKL
+
+        from glance_trt.export.modules import Decoder
+
+        return Decoder(AutoencoderKL.from_config(self._configs["vae"]))
 
     def reduced(self, guides: Mapping[str, GuideFile]) -> tuple[StableDiffusion, dict[str, GuideFile]]:
         """See `Family.reduced`."""
@@ -218,6 +151,20 @@ class StableDiffusion:
         }
         return small, {phase: _fitted(item, small._configs["unet"]) for phase, item in guides.items()}
 
+    def dtype(self, kind: str, wanted: DType) -> DType:
+        """See `Family.dtype`: all of this family's parts compute in float16.
+
+        A VAE's force_upcast is not asked: diffusers writes it into every new configuration, and its Stable Diffusion
+        pipeline, unlike that of SDXL, does not heed it.
+        """
+        return wanted
+
+    def files(self) -> list[Path]:
+        """See `Family.files`."""
+        configs = [self._model / part / "config.json" for part in self.components.values()]
+        tokenizer = sorted(path for path in (self._model / "tokenizer").glob("*") if path.is_file())
+        return [self._model / "model_index.json", *configs, self._scheduler_file(), *tokenizer]
+
     def weight_name(self, name: str) -> str:
         if match := _VAE_ATTENTION.fullmatch(name):
             return f"{match[1]}{_OLD_VAE_NAMES[match[2]]}{match[3]}"
@@ -225,8 +172,8 @@ class StableDiffusion:
         return f"text_model.{name}"
 
     def scheduler_config(self) -> dict[str, Any]:
-        folder = self._model / "scheduler"
-        config = read_json(folder / "scheduler_config.json", f"{folder}: missing, with its scheduler_config.json")
+        file = self._scheduler_file()
+        config = read_json(file, f"{file.parent}: missing, with its {file.name}")
         if self._recipe.scheduler:
             config["_class_name"] = self._recipe.scheduler
         if str(config.get("_class_name")).startswith("FlowMatch"):
@@ -236,6 +183,9 @@ class StableDiffusion:
             )
         # StableDiffusionPipeline corrects these two in every scheduler it is given; old configurations rely on it.
         return config | {"steps_offset": 1, "clip_sample": False}
+
+    def _scheduler_file(self) -> Path:
+        return self._model / "scheduler" / "scheduler_config.json"
 
     def image(self) -> Image:
         recipe, unet = self._recipe, self._configs["unet"]
@@ -249,6 +199,8 @@ class StableDiffusion:
         return Image(recipe.height, recipe.width, unet["in_channels"], scale)
 
     def tokenizers(self) -> dict[str, tuple[str, int, int]]:
+        from transformers import CLIPTokenizer
+
         try:
             tokenizer = CLIPTokenizer.from_pretrained(self._model / "tokenizer", local_files_only=True)
         except (OSError, ValueError, TypeError) as error:
@@ -265,6 +217,8 @@ def _few_channels(config: Mapping[str, Any]) -> list[int]:
 
 
 def _fitted(item: GuideFile, unet: Mapping[str, Any]) -> GuideFile:
+    from glance_trt.export import guide
+
     channels = guide.blocks(item.config.kind, unet)
     config = guide.Config(item.config.kind, channels, dict.fromkeys(channels, 8), unet["cross_attention_dim"])
-    return GuideFile(item.file, config, {})
+    return guide.GuideFile(item.file, config, {})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from glance_trt import trust as plans
-from glance_trt.bundle import Bundle
+from glance_trt.bundle import Bundle, EngineSet
 from glance_trt.errors import TargetError
 from glance_trt.requirements import unrunnable
 from glance_trt.runtime.chain import Call, Chained
@@ -50,14 +51,34 @@ def open_runner(
 
     Raises `TargetError`.
     """
-    engines = bundle.manifest.engines[target]
+    engines, files = bundle.manifest.engines[target], bundle.manifest.files
     if reason := unrunnable(engines.backend, engines.requires, device):
         raise TargetError(f"{target}: {reason}")
+
+    def read(file: str) -> bytes:
+        return plans.read(bundle.path(file), files[file].sha256, trusted=trust)
+
+    return open_engines(
+        engines, bundle.directory, read, threads=threads, device=device, stream=stream, one_at_a_time=one_at_a_time
+    )
+
+
+def open_engines(
+    engines: EngineSet,
+    folder: Path,
+    read: Callable[[str], bytes],
+    *,
+    threads: int | None = None,
+    device: int = 0,
+    stream: object | None = None,
+    one_at_a_time: bool = False,
+) -> ChainRunner:
+    """A runner for engines in a folder. read: gives a plan that may be trusted, by its file's name."""
     files = {graph: engine.file for graph, engine in engines.graphs.items()}
     if engines.backend == "onnxruntime":
         from glance_trt.runtime.runners.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(bundle.directory, files, threads=threads, one_at_a_time=one_at_a_time)
+        return OnnxRuntimeRunner(folder, files, threads=threads, one_at_a_time=one_at_a_time)
 
     from glance_trt.runtime.runners.cuda import Cuda
     from glance_trt.runtime.runners.on_device import DeviceRunner, Engine
@@ -65,17 +86,15 @@ def open_runner(
     gpu = Cuda(device, stream)
 
     def open_engine(graph: str) -> Engine:
-        file = files[graph]
         if engines.backend == "onnxruntime-gpu":
             from glance_trt.runtime.runners.onnxruntime_device import OnnxRuntimeEngine
 
             provider = engines.requires["provider"]
             return OnnxRuntimeEngine(
-                bundle.path(file), name=graph, provider=provider, ordinal=device, stream=gpu.stream
+                folder / files[graph], name=graph, provider=provider, ordinal=device, stream=gpu.stream
             )
         from glance_trt.runtime.runners.tensorrt import TensorRTEngine
 
-        plan = plans.read(bundle.path(file), bundle.manifest.files[file].sha256, trusted=trust)
-        return TensorRTEngine(engines.backend, plan, name=graph, stream=gpu.stream)
+        return TensorRTEngine(engines, read(files[graph]), name=graph, stream=gpu.stream)
 
     return DeviceRunner(gpu, open_engine, files, one_at_a_time=one_at_a_time)

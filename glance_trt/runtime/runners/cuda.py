@@ -18,7 +18,7 @@ try:
 except ImportError:  # only profilers miss it
     nvtx = None
 
-INSTALL = "pip install 'glance-trt[gpu]'"
+INSTALL = "pip install 'glance-trt[cuda]'"
 
 
 class CudaMemory:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from glance_trt import records, requirements
+from glance_trt.bundle import EngineSet
 from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.runners.on_device import Spec
 
@@ -28,30 +29,31 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "in
 class TensorRTEngine:
     """See `Engine`. Opening one runs native code: read the plan with `glance_trt.trust.read`.
 
-    backend: ``tensorrt`` or ``tensorrt-rtx``. name: the graph's, for errors. stream: the handle of the CUDA stream that
-    it runs in. weight_streaming_budget: bytes of weights that stay on the GPU, for a plan that was built so; by default
-    what TensorRT thinks best.
+    engines: the set that the plan is of. name: the graph's, for errors. stream: the handle of the CUDA stream that it
+    runs in.
 
     Raises `TargetError` for a plan that this machine cannot open, with what TensorRT says of it.
     """
 
-    def __init__(
-        self, backend: str, plan: bytes, *, name: str, stream: int, weight_streaming_budget: int | None = None
-    ) -> None:
+    def __init__(self, engines: EngineSet, plan: bytes, *, name: str, stream: int) -> None:
         if TYPE_CHECKING:
             module = trt
         else:
-            module = requirements.load(backend)
+            module = requirements.load(engines.backend)
         self._name, self._stream = name, stream
         self._log = _logger(module)
         self._runtime = module.Runtime(self._log)
+        # A version compatible plan carries code of the host's, a runtime of its own version.
+        self._runtime.engine_host_code_allowed = engines.requires.get("tensorrt", "").endswith("+")
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise TargetError(f"{name}: {backend} {module.__version__} cannot open its plan: {self._log.last()}")
+            title = requirements.PACKAGES[engines.backend].title
+            raise TargetError(f"{name}: {title} {module.__version__} cannot open its plan: {self._log.last()}")
         self._engine: trt.ICudaEngine = engine
         if engine.streamable_weights_size:
-            budget = engine.get_weight_streaming_automatic_budget()
-            engine.weight_streaming_budget_v2 = budget if weight_streaming_budget is None else weight_streaming_budget
+            budget = engines.weight_streaming_budget
+            automatic = engine.get_weight_streaming_automatic_budget()
+            engine.weight_streaming_budget_v2 = automatic if budget is None else budget << 20
         self._config = engine.create_runtime_config()
         self._config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
         # Kernels that TensorRT-RTX compiles on this GPU, when it first sees a plan, are kept for the next process.

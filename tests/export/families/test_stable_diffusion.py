@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from glance_trt.errors import ModelError, RecipeError
 from glance_trt.export.families import open_model
-from glance_trt.export.families.stable_diffusion import Decoder, GuidedStep, Step, TextEncoder
+from glance_trt.export.modules import Decoder, GuidedStep, Step, TextEncoder
 from glance_trt.recipe import Guidance, Recipe
 from glance_trt.schedule import compile_schedule
 
@@ -212,3 +214,33 @@ def test_a_scheduler_for_another_kind_of_model_is_refused(tiny_model: Path, make
     family = open_model(tiny_model, make_recipe(scheduler="FlowMatchEulerDiscreteScheduler"))
     with pytest.raises(ModelError, match="the scheduler is a FlowMatchEulerDiscreteScheduler, and flow matching"):
         family.scheduler_config()
+
+
+def test_every_part_computes_in_the_dtype_that_a_target_wants(tiny_model: Path, make_recipe: Make) -> None:
+    config = json.loads((tiny_model / "vae" / "config.json").read_text())
+    assert config["force_upcast"] is True, "as diffusers writes it, whose own pipeline of this family does not heed it"
+    family = open_model(tiny_model, make_recipe())
+    for wanted in ("float32", "float16", "bfloat16"):
+        assert {family.dtype(kind, wanted) for kind in family.components} == {wanted}
+
+
+def test_the_files_that_decide_what_is_built_are_named(tiny_model: Path, make_recipe: Make) -> None:
+    found = {str(path.relative_to(tiny_model)) for path in open_model(tiny_model, make_recipe()).files()}
+    tokenizer = {f"tokenizer/{path.name}" for path in (tiny_model / "tokenizer").iterdir()}
+    configs = {f"{part}/config.json" for part in ("text_encoder", "unet", "vae")}
+    assert found == {"model_index.json", "scheduler/scheduler_config.json", *configs, *tokenizer}
+    assert "tokenizer/tokenizer_config.json" in found
+
+
+def test_an_adapter_is_known_and_sent_to_another_process_without_pytorch(tiny_model: Path) -> None:
+    code = f"""
+import pickle, sys
+from pathlib import Path
+from glance_trt.export.families import open_model
+from glance_trt.recipe import Phase, Recipe
+family = open_model(Path({str(tiny_model)!r}), Recipe("tiny", "model", (Phase("all", (1,)),), 16, 16))
+pickle.loads(pickle.dumps(family)).sources()["denoiser"].inputs
+print("torch" in sys.modules, "diffusers" in sys.modules)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "False False\n"

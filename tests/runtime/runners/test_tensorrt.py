@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from glance_trt import records
+from glance_trt.bundle import EngineSet
 from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.runners.on_device import Spec
 from glance_trt.runtime.runners.tensorrt import TensorRTEngine
@@ -112,6 +113,7 @@ def stand_in(journal: Journal, *, streamable: int = 0, capturable: bool | None =
     class Runtime:
         def __init__(self, logger: Any) -> None:
             journal.logger = logger  # type: ignore[attr-defined]
+            journal.runtime = self  # type: ignore[attr-defined]
 
         def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
             if plan == b"garbage":
@@ -137,9 +139,12 @@ def journal() -> Journal:
 def start(journal: Journal, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., TensorRTEngine]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def start(plan: bytes = b"plan", budget: int | None = None, **options: Any) -> TensorRTEngine:
+    def start(
+        plan: bytes = b"plan", budget: int | None = None, requires: dict[str, str] | None = None, **options: Any
+    ) -> TensorRTEngine:
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", stand_in(journal, **options))
-        return TensorRTEngine("tensorrt-rtx", plan, name="denoiser.slow", stream=99, weight_streaming_budget=budget)
+        engines = EngineSet("tensorrt-rtx", "float16", {}, requires or {}, weight_streaming_budget=budget)
+        return TensorRTEngine(engines, plan, name="denoiser.slow", stream=99)
 
     return start
 
@@ -193,7 +198,7 @@ def test_a_run_sets_every_address_and_the_shared_memory(start: Callable[..., Ten
 
 
 def test_what_tensorrt_says_is_in_the_error(start: Callable[..., TensorRTEngine], journal: Journal) -> None:
-    with pytest.raises(TargetError, match=r"^denoiser\.slow: tensorrt-rtx 1\.7 cannot open its plan: header mismatch$"):
+    with pytest.raises(TargetError, match=r"^denoiser\.slow: TensorRT-RTX 1\.7 cannot open its plan: header mismatch$"):
         start(b"garbage")
     binding = start().bind(SHAPES)
     journal.fails = {"execute_async_v3"}
@@ -227,9 +232,19 @@ def test_kernels_compiled_here_are_kept_for_the_next_process(
     assert len(list((records.folder() / "runtime-cache").iterdir())) == 1, "TensorRT has none"
 
 
-@pytest.mark.parametrize(("streamable", "budget", "expected"), [(0, None, -1), (9000, None, 1234), (9000, 500, 500)])
+@pytest.mark.parametrize(
+    ("streamable", "budget", "expected"), [(0, None, -1), (9000, None, 1234), (9000, 500, 500 << 20)]
+)
 def test_streamed_weights_get_a_budget(
     start: Callable[..., TensorRTEngine], journal: Journal, streamable: int, budget: int | None, expected: int
 ) -> None:
     start(budget=budget, streamable=streamable)
     assert journal.engine.weight_streaming_budget_v2 == expected  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("version", "allowed"), [("10.13+", True), ("10.13.0.35", False)])
+def test_only_a_version_compatible_plan_may_bring_code_of_the_host_s(
+    start: Callable[..., TensorRTEngine], journal: Journal, version: str, allowed: bool
+) -> None:
+    start(requires={"tensorrt": version})
+    assert journal.runtime.engine_host_code_allowed is allowed  # type: ignore[attr-defined]

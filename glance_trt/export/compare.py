@@ -1,0 +1,48 @@
+"""Parity of what a build made: engines that run here, or else the portable graphs, against PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from glance_trt.bundle import EngineSet
+from glance_trt.export.inputs import Inputs
+from glance_trt.export.parity import Parity, PortableRunner, Reference, check
+from glance_trt.progress import Progress, silent
+from glance_trt.runtime.runners import Runner, open_engines
+
+
+def compare(
+    inputs: Inputs,
+    folder: Path,
+    engines: EngineSet | Mapping[str, str],
+    dtypes: Mapping[str, str],
+    progress: Progress = silent,
+) -> list[Parity]:
+    """Compare engines that were made in `folder`, or portable graphs given by the names of their files.
+
+    dtypes: what each graph computes in. What is too large to be loaded is compared in small, and its fused weights by
+    samples. Raises `ParityError`.
+    """
+    from glance_trt.export import large, phases
+
+    runner: Runner
+    if isinstance(engines, EngineSet):
+        runner = open_engines(engines, folder, lambda file: (folder / file).read_bytes())
+    else:
+        runner = PortableRunner(folder, engines)
+    guides = phases.guides(inputs.recipe, inputs.folder, inputs.family)
+    oversized = large.oversized(inputs.tensors)
+    whole = {name: dtype for name, dtype in dtypes.items() if name.partition(".")[0] not in oversized}
+    reference = Reference(inputs.family, inputs.model, inputs.loras, guides)
+    try:
+        results = check(runner, whole, reference, inputs.family.sources(guides), progress)
+    finally:
+        runner.close()
+    if oversized:
+        family, small = inputs.family.reduced(guides)
+        kinds = {name.partition(".")[0]: dtype for name, dtype in dtypes.items()}
+        results += large.check_reduced(family, small, oversized, kinds, progress=progress)
+    if "denoiser" in oversized:
+        results += large.check_fused(folder, inputs.tensors["denoiser"], inputs.loras)
+    return results
