@@ -84,7 +84,8 @@ def run_torch(bundle: Path, dtype: str, device: str, compiled: bool) -> dict[str
     run: dict[str, Callable[..., Any]] = dict(modules)
     if compiled:
         run = {name: torch.compile(module, mode="max-autotune") for name, module in modules.items()}
-    with Pipeline.open(bundle, "cpu") as pipeline:  # for tokens, text embeddings and noise
+    cpu = next(name for name, item in manifest.engines.items() if item.backend == "onnxruntime")
+    with Pipeline.open(bundle, cpu) as pipeline:  # for tokens, text embeddings and noise
         calls, values = pipeline.prepare(PROMPT, pipeline.settings())
 
     def image() -> Any:
@@ -245,7 +246,7 @@ def _build(name: str, device: str, sides: list[str], work: Path) -> tuple[Path, 
             phase["lora"]["file"] = str(REPOSITORY / "export" / phase["lora"]["file"])
         source.write_text(yaml.safe_dump(content))
     else:
-        random_models.write(work, name, [])
+        random_models.write(work, name)
     for side, file in list(files.items()):  # by one, so that one that fails does not take the others along
         try:
             build(str(source), work / f"{name}.trial", engines=[file], overwrite=True)

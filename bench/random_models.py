@@ -60,8 +60,8 @@ SIZES = {
 }
 
 
-def write(folder: Path, name: str, engines: list[str]) -> Path:
-    """Write a model of a size in float16, LoRAs for its attention, and a recipe of ten guided steps for these targets.
+def write(folder: Path, name: str) -> Path:
+    """Write a model of a size in float16, LoRAs for its attention, and a recipe of ten guided steps.
 
     Returns the recipe's path. What is there already is kept.
     """
@@ -78,7 +78,7 @@ def write(folder: Path, name: str, engines: list[str]) -> Path:
             for phase, steps in STEPS.items()
         ]
     content = {"name": name, "model": name, "height": size.side, "width": size.side, "phases": phases}
-    recipe.write_text(yaml.safe_dump(content | {"guidance": {"scale": 5.0}, "engines": engines}))
+    recipe.write_text(yaml.safe_dump(content | {"guidance": {"scale": 5.0}}))
     return recipe
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -28,6 +29,7 @@ from glance_trt.export.exporter import Exported, export
 from glance_trt.export.inputs import Inputs
 from glance_trt.export.parity import LIMIT
 from glance_trt.progress import Progress, silent
+from glance_trt.prompts import PromptTruncated
 from glance_trt.recipe import Recipe
 from glance_trt.report import BuildRecord, Sample, render
 from glance_trt.requirements import unrunnable
@@ -200,8 +202,10 @@ class _Build:
         """Write the page that shows what was done, beside the bundle."""
         config, knots = self.family.scheduler_config(), [i - 1 for phase in self.plan.phases for i in phase.steps]
         levels = schedule.teacher_grid(config, self.plan.teacher_steps).levels[[*knots, -1]]
-        with self._timed("examples"):
-            samples = [] if len(self.not_compared) == len(self.targets) else self._examples(bundle)
+        samples: list[Sample] = []
+        if self.plan.examples and len(self.not_compared) < len(self.targets):
+            with self._timed("examples"), Worker("examples") as worker:
+                samples = worker.call(examples, self.output, self.plan.examples, progress=self.progress)
         record = BuildRecord(
             datetime.now(timezone.utc),
             self.seconds,
@@ -215,16 +219,6 @@ class _Build:
         page = self.output.with_name(f"{self.output.name}.report.html")
         page.write_text(render(bundle.manifest, record), encoding="utf-8")
         return page
-
-    def _examples(self, bundle: Bundle) -> list[Sample]:
-        samples = []
-        with Pipeline.open(bundle) as pipeline:
-            for done, prompt in enumerate(self.plan.examples, start=1):
-                file = io.BytesIO()
-                pipeline.generate(prompt, seed=0)[0].save(file, "PNG")
-                samples.append(Sample(prompt, 0, file.getvalue()))
-                self.progress("examples", done, len(self.plan.examples))
-        return samples
 
     def _manifest(self, exported: Exported, engines: dict[str, EngineSet], staging: Staging) -> Manifest:
         loras = tuple(
@@ -257,6 +251,20 @@ class _Build:
         start = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def examples(bundle: Path, prompts: Sequence[str], progress: Progress = silent) -> list[Sample]:
+    """An image of each prompt, by the first target that runs here."""
+    samples = []
+    with Pipeline.open(bundle) as pipeline, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptTruncated)
+        for i, prompt in enumerate(prompts):
+            progress("examples", i, len(prompts))
+            file = io.BytesIO()
+            pipeline.generate(prompt, seed=0)[0].save(file, "PNG")
+            samples.append(Sample(prompt, 0, file.getvalue()))
+    progress("examples", len(prompts), len(prompts))
+    return samples
 
 
 def _check_phase_names(plan: Recipe) -> None:

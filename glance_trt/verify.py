@@ -1,4 +1,4 @@
-"""Compares a bundle's CPU engines with PyTorch: each graph, and whole images made by diffusers."""
+"""Compares a bundle's engines with PyTorch: each graph, and whole images made by diffusers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from glance_trt.prompts import read_prompts
 from glance_trt.recipe import Recipe
 from glance_trt.runtime.pipeline import Pipeline
 
-PSNR = 50.0
-"""Of a whole image against diffusers, in decibels, the least that is accepted."""
+PSNR = {"float32": 50.0, "float16": 35.0, "bfloat16": 35.0}
+"""Of a whole image against diffusers in float32, in decibels, the least that is accepted, by the engines' dtype."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,12 @@ def compare(
     *,
     prompts: Sequence[str] = (),
     images: int | None = None,
+    target: str | None = None,
+    device: int = 0,
+    trust: bool = False,
     progress: Progress = silent,
 ) -> Comparison:
-    """Compare with the model and the LoRAs of a recipe.
+    """Compare with the model and the LoRAs of a recipe. target, device and trust: as in `Pipeline.open`.
 
     Image i is made of prompt i with the seed i, from 0 on; after the last prompt comes the first again. prompts: by
     default those that the recipe distils with. images: how many, by default one of each prompt given, or 2. Raises
@@ -63,9 +66,10 @@ def compare(
         )
     tensors = component_tensors(model / family.components["denoiser"])
     loras, guides = phases.loras(plan, folder, tensors), phases.guides(plan, folder, family)
-    with Pipeline.open(bundle) as pipeline:
-        dtype = bundle.manifest.engines[pipeline.target].dtype
-        graphs = dict.fromkeys(bundle.manifest.graphs, str(dtype))
+    with Pipeline.open(bundle, target, device=device, trust=trust) as pipeline:
+        engines = bundle.manifest.engines[pipeline.target]
+        graphs = {name: str(engine.dtype or engines.dtype) for name, engine in engines.graphs.items()}
+        least = PSNR[engines.dtype]
         reference = parity.Reference(family, model, loras, guides)
         results = parity.check(pipeline.runner, graphs, reference, family.sources(guides), progress)
         count = images if images is not None else len(prompts) or 2
@@ -78,8 +82,10 @@ def compare(
                 prompt = prompts[seed % len(prompts)]
                 expected = by_diffusers.generate(prompt, [seed])[0]
                 found.append(psnr(np.asarray(pipeline.generate(prompt, seed=seed)[0]), expected))
-                if found[-1] < PSNR:
-                    raise ParityError(f"image {seed + 1}: {found[-1]:.1f} dB from diffusers, expected {PSNR:g} or more")
+                if found[-1] < least:
+                    raise ParityError(
+                        f"image {seed + 1}: {found[-1]:.1f} dB from diffusers, expected {least:g} or more"
+                    )
                 progress("images", seed + 1, count)
     return Comparison(results, found)
 

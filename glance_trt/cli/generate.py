@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from glance_trt import __version__
+from glance_trt.cli import options
 from glance_trt.cli.bars import bars, echo
 from glance_trt.errors import InputError, OutputError
 
@@ -34,10 +35,8 @@ _MOST = 100_000  # images of a prompt; all their names are checked before the fi
 @click.option("--negative-prompt", help="What the images should not show. Default: the bundle's.")
 @click.option("--guidance", type=float, help="Guidance scale. Default: the bundle's.")
 @click.option("--schedule", help="One of the bundle's schedules. Default: its first.")
-@click.option("--target", help="One of the bundle's targets. Default: the first that runs here.")
+@options.engines
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: one per core.")
-@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="GPU, as CUDA counts them.")
-@click.option("--trust", is_flag=True, help="Open TensorRT plans that were not built here: they are native code.")
 @click.option(
     "--low-memory", is_flag=True, help="Hold one phase at a time, and take all images of a prompt through it."
 )

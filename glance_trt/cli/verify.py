@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from glance_trt.bundle import Bundle
+from glance_trt.cli import options
 from glance_trt.cli.bars import bars
 
 
@@ -26,15 +27,25 @@ from glance_trt.cli.bars import bars
     type=click.IntRange(min=0),
     help="Whole images to compare; image i has the seed i. Default: one per line of --prompts, or 2.",
 )
+@options.engines
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def command(bundle: Path, against: str | None, prompts_file: Path | None, images: int | None, as_json: bool) -> None:
-    """Hash every file of a bundle; with --against, compare its CPU engines with PyTorch, per graph and per image.
+def command(
+    bundle: Path,
+    against: str | None,
+    prompts_file: Path | None,
+    images: int | None,
+    target: str | None,
+    device: int,
+    trust: bool,
+    as_json: bool,
+) -> None:
+    """Hash every file of a bundle; with --against, compare a target's engines with PyTorch, per graph and per image.
 
     \b
     Example: glance-trt verify out/shapes.bundle --against export/shapes.yaml
     """
-    if not against and (prompts_file or images is not None):
-        raise click.UsageError("--prompts and --images say what to compare; add --against RECIPE")
+    if not against and (prompts_file or images is not None or target or trust):
+        raise click.UsageError("--prompts, --images, --target and --trust say what to compare; add --against RECIPE")
     prompts: list[str] = []
     if prompts_file:
         from glance_trt.prompts import read_prompts
@@ -48,7 +59,16 @@ def command(bundle: Path, against: str | None, prompts_file: Path | None, images
         if against:
             from glance_trt.verify import compare
 
-            report = compare(opened, against, prompts=prompts, images=images, progress=progress)
+            report = compare(
+                opened,
+                against,
+                prompts=prompts,
+                images=images,
+                target=target,
+                device=device,
+                trust=trust,
+                progress=progress,
+            )
             result["graphs"] = {item.graph: item.error for item in report.graphs}
             result["psnr_db"] = report.psnr
             lines += [f"{item.graph:<16} differs by {item}" for item in report.graphs]

@@ -32,9 +32,7 @@ def compiled(shapes_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.mark.parametrize(
     ("target", "capabilities"), [*SHIPPED.items(), ("rtx32", SHIPPED["rtx"])], ids=[*SHIPPED, "rtx in float32"]
 )
-def test_both_phases_have_code_for_every_capability(
-    compiled: Path, target: str, capabilities: tuple[str, ...]
-) -> None:
+def test_both_phases_have_code_for_every_capability(compiled: Path, target: str, capabilities: tuple[str, ...]) -> None:
     for name in DENOISERS:
         plan = (compiled / f"{target}.{name}.plan").read_bytes()
         for capability in capabilities:

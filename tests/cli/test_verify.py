@@ -118,7 +118,7 @@ def test_what_to_compare_needs_something_to_compare_with(
 ) -> None:
     shown = run("verify", tiny_bundle, *option)
     assert (shown.code, shown.out) == (2, "")
-    assert "--prompts and --images say what to compare; add --against RECIPE" in shown.err
+    assert "--prompts, --images, --target and --trust say what to compare; add --against RECIPE" in shown.err
 
 
 def test_difference_from_pytorch_is_code_10(run: Run, tiny_bundle: Path, compared: list[Any]) -> None:

@@ -56,9 +56,7 @@ class TensorRTEngine:
             engine.weight_streaming_budget_v2 = automatic if budget is None else budget << 20
         self._config = engine.create_runtime_config()
         self._config.set_execution_context_allocation_strategy(module.ExecutionContextAllocationStrategy.USER_MANAGED)
-        # Kernels that TensorRT-RTX compiles on this GPU, when it first sees a plan, are kept for the next process.
-        config: Any = self._config  # TensorRT's has none
-        self._cache = _RuntimeCache(config, plan) if hasattr(config, "create_runtime_cache") else None
+        self._cache = _for_rtx(self._config, module, plan) if engines.backend == "tensorrt-rtx" else None
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         ports = {port: engine.get_tensor_mode(port) == module.TensorIOMode.INPUT for port in names}
         self.inputs = {port: self.dtype(port) for port, is_input in ports.items() if is_input}
@@ -136,8 +134,17 @@ class TensorRTBinding:
         del self._context
 
 
+def _for_rtx(config: Any, module: Any, plan: bytes) -> _RuntimeCache:
+    """What TensorRT-RTX alone has: it goes on compiling on the GPU that opens a plan."""
+    settings: rtx.IRuntimeConfig = config
+    # By default a kernel for the shapes at hand is compiled in the background while a slower one runs, and a CUDA graph
+    # that is captured meanwhile would keep the slower one.
+    settings.dynamic_shapes_kernel_specialization_strategy = module.DynamicShapesKernelSpecializationStrategy.EAGER
+    return _RuntimeCache(settings, plan)
+
+
 class _RuntimeCache:
-    """A file in the user's cache folder for the kernels that TensorRT-RTX compiled for one plan."""
+    """A file in the user's cache folder for the kernels that were compiled for one plan, for the next process."""
 
     def __init__(self, config: rtx.IRuntimeConfig, plan: bytes) -> None:
         self._file = f"{_CACHE_FOLDER}/{hashlib.sha256(plan).hexdigest()}.bin"

@@ -79,11 +79,12 @@ def stand_in(journal: Journal, *, streamable: int = 0, capturable: bool | None =
 
     class Config:
         def __getattr__(self, name: str) -> Callable[..., Any]:
-            if capturable is None and "cache" in name:
-                raise AttributeError(name)
             if name == "create_runtime_cache":
                 return Cache
             return lambda *arguments: journal.append((name, *arguments))
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            journal.append((name, value))
 
     class Engine:
         num_io_tensors, num_optimization_profiles = 3, len(RANGES)
@@ -126,6 +127,7 @@ def stand_in(journal: Journal, *, streamable: int = 0, capturable: bool | None =
     module.__version__ = "1.7"  # type: ignore[attr-defined]
     module.ILogger, module.Runtime = Logger, Runtime  # type: ignore[attr-defined]
     module.TensorIOMode = SimpleNamespace(INPUT="in")  # type: ignore[attr-defined]
+    module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")  # type: ignore[attr-defined]
     module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")  # type: ignore[attr-defined]
     return module
 
@@ -142,8 +144,10 @@ def start(journal: Journal, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> C
     def start(
         plan: bytes = b"plan", budget: int | None = None, requires: dict[str, str] | None = None, **options: Any
     ) -> TensorRTEngine:
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", stand_in(journal, **options))
-        engines = EngineSet("tensorrt-rtx", "float16", {}, requires or {}, weight_streaming_budget=budget)
+        for name in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, name, stand_in(journal, **options))
+        backend: Any = "tensorrt" if options.get("capturable", True) is None else "tensorrt-rtx"
+        engines = EngineSet(backend, "float16", {}, requires or {}, weight_streaming_budget=budget)
         return TensorRTEngine(engines, plan, name="denoiser.slow", stream=99)
 
     return start
