@@ -37,7 +37,7 @@ PROVIDERS = {
 }
 """What has each of ONNX Runtime's providers for NVIDIA GPUs, for pip."""
 
-_AGAIN = "build it again where it is to run: glance-trt build RECIPE -o BUNDLE"
+_AGAIN = "compile it anew on this machine: glance-trt compile BUNDLE --engine TARGET"
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 

@@ -55,7 +55,7 @@ def test_a_plan_wants_its_version_or_of_its_major_version_at_least_it(wanted: st
     assert (reason is None) == runs
     if reason:
         assert reason.startswith(f"built for TensorRT {wanted}, and this is 11.1.0.106; pip install 'tensorrt")
-        assert reason.endswith("or build it again where it is to run: glance-trt build RECIPE -o BUNDLE")
+        assert reason.endswith("or compile it anew on this machine: glance-trt compile BUNDLE --engine TARGET")
 
 
 @pytest.mark.usefixtures("machine")
@@ -90,7 +90,7 @@ def test_ten_is_more_than_nine(machine: None, monkeypatch: pytest.MonkeyPatch) -
 def test_another_platform_is_refused_by_tensorrt_and_nothing_to_rtx() -> None:
     reason = unrunnable("tensorrt", PLAN | {"platform": "windows-x86_64"})
     assert reason
-    assert reason.startswith(f"built for windows-x86_64, and this is {this_platform()}; build it again")
+    assert reason.startswith(f"built for windows-x86_64, and this is {this_platform()}; compile it anew")
 
 
 def test_another_gpu_of_the_machine_may_fit(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:

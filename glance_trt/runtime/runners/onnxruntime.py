@@ -31,7 +31,7 @@ DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
-_AGAIN = "build it again where it is to run: glance-trt build RECIPE -o BUNDLE"
+_AGAIN = "compile it anew on this machine: glance-trt compile BUNDLE --engine TARGET"
 _MULTIPLE = re.compile(r"(\d+)\*(\w+)")
 
 

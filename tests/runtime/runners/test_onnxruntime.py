@@ -113,7 +113,7 @@ def test_threads_may_share_a_runner(runner: OnnxRuntimeRunner) -> None:
 def test_engines_are_opened_at_their_first_use(directory: Path) -> None:
     runner = OnnxRuntimeRunner(directory, {"denoiser.slow": FILE, "decoder": "cpu.decoder.onnx"})
     runner.run("denoiser.slow", inputs())
-    with pytest.raises(BundleError, match=r"^cpu\.decoder\.onnx: missing in \S+; build it again where it is to run: "):
+    with pytest.raises(BundleError, match=r"^cpu\.decoder\.onnx: missing in \S+; compile it anew on this machine: "):
         runner.run("decoder", {})
 
 
@@ -150,7 +150,7 @@ def test_a_phase_that_cannot_be_opened_fails_when_it_is_used(directory: Path) ->
     runner = OnnxRuntimeRunner(directory, {"denoiser.slow": FILE, "denoiser.fast": "cpu.denoiser.fast.onnx"})
     runner.run("denoiser.slow", inputs())
     with pytest.raises(
-        BundleError, match=r"^cpu\.denoiser\.fast\.onnx: missing in \S+; build it again where it is to run: "
+        BundleError, match=r"^cpu\.denoiser\.fast\.onnx: missing in \S+; compile it anew on this machine: "
     ):
         runner.run("denoiser.fast", inputs())
 
@@ -235,7 +235,7 @@ def test_damaged_engine_is_named(cut: float, copy: Path) -> None:
     data = (copy / FILE).read_bytes()
     (copy / FILE).write_bytes(data[: int(len(data) * cut)])
     message = (
-        r"^cpu\.denoiser\.slow\.onnx: ONNX Runtime \S+ cannot load it: .*damaged.*glance-trt verify, or build it again"
+        r"^cpu\.denoiser\.slow\.onnx: ONNX Runtime \S+ cannot load it: .*damaged.*glance-trt verify, or compile it anew"
     )
     with pytest.raises(BundleError, match=message):
         OnnxRuntimeRunner(copy, {"denoiser.slow": FILE}).run("denoiser.slow", inputs())
@@ -256,8 +256,8 @@ def test_engine_with_damaged_weights_is_named(change: str, copy: Path) -> None:
 def test_engine_for_another_machine_is_refused(key: str, value: str, copy: Path) -> None:
     edit(copy / FILE, key, value)
     here = requirements()[key]
-    remedy = r"pip install onnxruntime==1\.2\.3, or build it again" if key == "onnxruntime" else "build it again"
-    message = rf"^cpu\.denoiser\.slow\.onnx: built for {key} {value}, but this is {here}; {remedy} where it is to run: "
+    remedy = r"pip install onnxruntime==1\.2\.3, or compile it anew" if key == "onnxruntime" else "compile it anew"
+    message = rf"^cpu\.denoiser\.slow\.onnx: built for {key} {value}, but this is {here}; {remedy} on this machine: "
     with pytest.raises(TargetError, match=message):
         OnnxRuntimeRunner(copy, {"denoiser.slow": FILE}).run("denoiser.slow", inputs())
 
