@@ -49,15 +49,18 @@ def test_altered_byte_of_a_large_file_is_found_though_the_record_says_unchanged(
     )
 
 
+USUAL = {"target": None, "device": 0, "trust": False}
+
+
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Calls of the comparison, which needs PyTorch and is not made here."""
     calls: list[Any] = []
 
     def compare(
-        bundle: Bundle, recipe: str, *, prompts: Sequence[str], images: int | None, progress: object
+        bundle: Bundle, recipe: str, *, prompts: Sequence[str], images: int | None, progress: object, **engines: object
     ) -> verify.Comparison:
-        calls.append((bundle.directory, recipe, [*prompts], images))
+        calls.append((bundle.directory, recipe, [*prompts], images, engines))
         if recipe == "wrong.yaml":
             raise ParityError("decoder: differs by 3")
         return verify.Comparison([Parity("denoiser.slow", 1.5e-6, 1e-4), Parity("decoder", 1, 1)], [48.26, 51.0])
@@ -80,7 +83,7 @@ def test_comparison_is_shown(run: Run, tiny_bundle: Path, compared: list[Any]) -
     found = json.loads(shown.out)
     assert found["graphs"] == {"denoiser.slow": 1.5e-6, "decoder": 1}
     assert found["psnr_db"] == [48.26, 51.0]
-    assert compared == [(tiny_bundle, "recipe.yaml", [], None), (tiny_bundle, "recipe.yaml", [], 0)]
+    assert compared == [(tiny_bundle, "recipe.yaml", [], None, USUAL), (tiny_bundle, "recipe.yaml", [], 0, USUAL)]
 
 
 def test_prompts_are_the_lines_of_a_file(run: Run, tiny_bundle: Path, compared: list[Any]) -> None:
@@ -89,7 +92,16 @@ def test_prompts_are_the_lines_of_a_file(run: Run, tiny_bundle: Path, compared: 
     assert run("verify", tiny_bundle, *options).code == 0
     assert run("verify", tiny_bundle, *options, "--images", 20).code == 0
     prompts = ["a red circle", "ein grünes Quadrat"]
-    assert compared == [(tiny_bundle, "recipe.yaml", prompts, None), (tiny_bundle, "recipe.yaml", prompts, 20)]
+    assert compared == [
+        (tiny_bundle, "recipe.yaml", prompts, None, USUAL),
+        (tiny_bundle, "recipe.yaml", prompts, 20, USUAL),
+    ]
+
+
+def test_the_engines_to_compare_are_chosen(run: Run, tiny_bundle: Path, compared: list[Any]) -> None:
+    options = ("--target", "rtx", "--device", 1, "--trust")
+    assert run("verify", tiny_bundle, "--against", "recipe.yaml", *options).code == 0
+    assert compared[0][-1] == {"target": "rtx", "device": 1, "trust": True}
 
 
 @pytest.mark.parametrize(

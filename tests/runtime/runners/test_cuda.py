@@ -24,7 +24,9 @@ def test_without_a_driver_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     except TargetError as error:
         assert str(error).startswith("GPU 0 cannot be used: ")  # noqa: PT017 (there may be a GPU)
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    with pytest.raises(TargetError, match=r"needs cuda-core, which is not installed .*pip install 'glance-trt\[cuda\]'"):
+    with pytest.raises(
+        TargetError, match=r"needs cuda-core, which is not installed .*pip install 'glance-trt\[cuda\]'"
+    ):
         Cuda()
 
 
