@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glance_trt.errors import InputError, TargetError
-from glance_trt.runtime.runners.on_device import DeviceArray, Memory, NotCaptured, Spec
+from glance_trt.runtime.runners.on_device import DeviceArray, Event, Memory, NotCaptured, Spec
 
 try:
     import nvtx
@@ -51,6 +51,33 @@ class CudaArray:
         return self._view.__dlpack_device__()  # type: ignore[no-any-return]
 
 
+class CudaEvent:
+    """See `Event`."""
+
+    def __init__(self, device: Cuda) -> None:
+        self._device = device
+        self._handle = device.call("cuEventCreate", 0)
+
+    def record(self, *, capturing: bool = False) -> None:
+        """See `Event.record`."""
+        flags = self._device.driver.CUevent_record_flags
+        # In a capture a plain record is a dependency between streams; only an external one becomes a node with a time.
+        flag = flags.CU_EVENT_RECORD_EXTERNAL if capturing else flags.CU_EVENT_RECORD_DEFAULT
+        self._device.call("cuEventRecordWithFlags", self._handle, self._device.stream, int(flag))
+
+    def wait(self) -> None:
+        """See `Event.wait`. One that was never recorded counts as passed."""
+        self._device.call("cuEventSynchronize", self._handle)
+
+    def milliseconds_since(self, earlier: CudaEvent) -> float:
+        """See `Event.milliseconds_since`."""
+        return float(self._device.call("cuEventElapsedTime", earlier._handle, self._handle))
+
+    def close(self) -> None:
+        """See `Event.close`."""
+        self._device.call("cuEventDestroy", self._handle)
+
+
 class Cuda:
     """See `Device`.
 
@@ -66,7 +93,7 @@ class Cuda:
             raise TargetError(
                 f"running on a GPU needs cuda-core, which is not installed ({error}): {INSTALL}"
             ) from None
-        self._driver = driver
+        self.driver = driver
         try:
             self._device = Device(ordinal)
             self._device.set_current()
@@ -74,7 +101,6 @@ class Cuda:
         except Exception as error:  # cuda-core raises RuntimeErrors, ValueErrors and CUDAErrors of its own
             raise TargetError(f"GPU {ordinal} cannot be used: {error}") from None
         self._pinned = LegacyPinnedMemoryResource()
-        self._marks: dict[int, Any] = {}
         self.stream = int(self._stream.handle)
         self.ordinal = ordinal
 
@@ -92,20 +118,11 @@ class Cuda:
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """See `Device.copy`; addresses say themselves whose they are (unified addressing)."""
-        self._call("cuMemcpyAsync", target, source, nbytes, self.stream)
+        self.call("cuMemcpyAsync", target, source, nbytes, self.stream)
 
-    def mark(self, index: int, *, capturing: bool) -> None:
-        """See `Device.mark`."""
-        if index not in self._marks:
-            self._marks[index] = self._call("cuEventCreate", 0)
-        flags = self._driver.CUevent_record_flags
-        # In a capture a plain record is a dependency between streams; only an external one becomes a node with a time.
-        flag = flags.CU_EVENT_RECORD_EXTERNAL if capturing else flags.CU_EVENT_RECORD_DEFAULT
-        self._call("cuEventRecordWithFlags", self._marks[index], self.stream, int(flag))
-
-    def milliseconds(self, first: int, last: int) -> float:
-        """See `Device.milliseconds`."""
-        return float(self._call("cuEventElapsedTime", self._marks[first], self._marks[last]))
+    def event(self) -> Event:
+        """See `Device.event`."""
+        return CudaEvent(self)
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """See `Device.capture`."""
@@ -160,15 +177,13 @@ class Cuda:
 
     def close(self) -> None:
         """See `Device.close`."""
-        while self._marks:
-            self._call("cuEventDestroy", self._marks.popitem()[1])
         self._stream.close()
 
-    def _call(self, function: str, *arguments: Any) -> Any:
+    def call(self, function: str, *arguments: Any) -> Any:
         """Call the CUDA driver; its result, if it has one. Raises `TargetError`."""
-        code, *results = getattr(self._driver, function)(*arguments)
+        code, *results = getattr(self.driver, function)(*arguments)
         if code:
-            _, name = self._driver.cuGetErrorName(code)
+            _, name = self.driver.cuGetErrorName(code)
             raise TargetError(f"GPU {self.ordinal}: {function}: {name.decode() if name else code}")
         return results[0] if results else None
 

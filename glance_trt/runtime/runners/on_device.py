@@ -1,8 +1,8 @@
 """Runs chains of engines on a device whose memory is not the host's.
 
 What an image needs goes there in one copy and the result comes back in one; between them everything stays on the
-device. The second time that the same chain runs over the same shapes it is captured, and from then on an image is a
-single launch. All engines share one block of scratch memory, since they never run at once.
+device. The second time that the same chain runs over the same shapes it is captured, and from then on an image is that
+copy and a single launch. All engines share one block of scratch memory, since they never run at once.
 
 A backend gives engines, a device gives memory, copies and a stream; both are protocols, so that tests run all of this
 on the host.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -58,8 +58,23 @@ class Memory(Protocol):
     def close(self) -> None: ...
 
 
+class Event(Protocol):
+    """A point in a device's stream."""
+
+    def record(self, *, capturing: bool = False) -> None:
+        """Put it behind what is in the stream now. capturing: make it a part of the graph that is being captured."""
+
+    def wait(self) -> None:
+        """Wait until the stream has come there."""
+
+    def milliseconds_since(self, earlier: Any) -> float:
+        """The device's time between two events that it has passed."""
+
+    def close(self) -> None: ...
+
+
 class Device(Protocol):
-    """A device and one stream on it. Copies, marks and launches are put into the stream and return at once."""
+    """A device and one stream on it. Copies, events and launches are put into the stream and return at once."""
 
     stream: int
 
@@ -75,11 +90,8 @@ class Device(Protocol):
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy bytes between any two addresses."""
 
-    def mark(self, index: int, *, capturing: bool) -> None:
-        """Note the time at which the stream comes to this point, under a number."""
-
-    def milliseconds(self, first: int, last: int) -> float:
-        """The time between two marks that the stream has passed."""
+    def event(self) -> Event:
+        """An event, not recorded yet."""
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """What `enqueue` puts into the stream, as something that can be launched again and again. Raises
@@ -262,6 +274,15 @@ class DeviceRunner:
             self._engines.pop(graph).close()
 
 
+@dataclass
+class _Upload:
+    """Memory of the host that a copy starts from, when it is done, and what may not be freed before that."""
+
+    block: Memory
+    sent: Event
+    held: Sequence[object] = ()
+
+
 class _Program:
     """A chain over inputs of certain shapes: its buffers, where everything lies in them, and its captured graph."""
 
@@ -295,20 +316,18 @@ class _Program:
         self._returned, self._returned_size = layout.in_line({name: self._specs[name].nbytes for name in wanted})
 
         self._memory = device.allocate(end + size)
-        self._upload = device.pinned(max(self._uploaded, 1))
+        # Two, in turns: with `on_device` the caller may be back before the last upload has run.
+        self._uploads = deque(_Upload(device.pinned(max(self._uploaded, 1)), device.event()) for _ in range(2))
         self._download = device.pinned(1 if on_device else self._returned_size)
+        self._changes = [i for i, call in enumerate(calls) if not i or calls[i - 1].graph != call.graph]
+        self._events = [device.event() for _ in (*self._changes, "end")]
         self._addresses = [
             {port: self._memory.address + self._places[value] for port, value in (*call.inputs, *call.outputs)}
             for call in calls
         ]
 
     def execute(self, inputs: Mapping[str, Any]) -> Chained:
-        for name, value in inputs.items():
-            place, nbytes = self._places[name], self._specs[name].nbytes
-            if name in self._given:
-                self._device.copy(self._memory.address + place, value.address, nbytes)
-            else:
-                self._upload.array[place : place + nbytes] = value.reshape(-1).view(np.uint8)
+        self._fill(inputs)
         self._runner.scratch(self._scratch)
         # The first run is not captured: engines settle their state for new shapes in it.
         if self.launch is None and self._runs and self._capturable:
@@ -324,11 +343,29 @@ class _Program:
         self._device.synchronize()
         return Chained({name: self._read(name) for name in self._wanted}, self._milliseconds())
 
+    def _fill(self, inputs: Mapping[str, Any]) -> None:
+        """Send what the chain starts from: all that is on the host in one copy."""
+        upload = self._uploads[0]
+        self._uploads.rotate()
+        upload.sent.wait()
+        upload.held = [*inputs.values()]
+        for name, value in inputs.items():
+            place, nbytes = self._places[name], self._specs[name].nbytes
+            if name in self._given:
+                self._device.copy(self._memory.address + place, value.address, nbytes)
+            else:
+                upload.block.array[place : place + nbytes] = value.reshape(-1).view(np.uint8)
+        if self._uploaded:
+            self._device.copy(self._memory.address, upload.block.address, self._uploaded)
+        upload.sent.record()
+
     def close(self) -> None:
         self.launch = None
         for binding in self._bindings.values():
             binding.close()
-        for memory in (self._memory, self._upload, self._download):
+        for event in (*self._events, *(upload.sent for upload in self._uploads)):
+            event.close()
+        for memory in (self._memory, self._download, *(upload.block for upload in self._uploads)):
             memory.close()
 
     def _capture(self) -> None:
@@ -355,28 +392,21 @@ class _Program:
 
     def _enqueue(self, *, capturing: bool) -> None:
         device, scratch = self._device, self._runner.scratch(self._scratch)
-        if self._uploaded:
-            device.copy(self._memory.address, self._upload.address, self._uploaded)
         for i, binding in enumerate(self._bound):
             if i in self._changes:
-                device.mark(self._changes.index(i), capturing=capturing)
+                self._events[self._changes.index(i)].record(capturing=capturing)
             with device.named(self._calls[i].graph):
                 binding.enqueue(self._addresses[i], scratch)
-        device.mark(len(self._changes), capturing=capturing)
+        self._events[-1].record(capturing=capturing)
         if not self._on_device:
             for name, place in self._returned.items():
                 source = self._memory.address + self._places[name]
                 device.copy(self._download.address + place, source, self._specs[name].nbytes)
 
-    @property
-    def _changes(self) -> list[int]:
-        """The calls with which another graph begins."""
-        return [i for i, call in enumerate(self._calls) if not i or self._calls[i - 1].graph != call.graph]
-
     def _milliseconds(self) -> dict[str, float]:
         found = dict.fromkeys((call.graph for call in self._calls), 0.0)
-        for mark, i in enumerate(self._changes):
-            found[self._calls[i].graph] += self._device.milliseconds(mark, mark + 1)
+        for i, start, end in zip(self._changes, self._events, self._events[1:], strict=False):
+            found[self._calls[i].graph] += end.milliseconds_since(start)
         return found
 
     def _read(self, name: str) -> NDArray[Any]:

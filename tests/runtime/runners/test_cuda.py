@@ -31,7 +31,7 @@ def test_without_a_driver_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calls(name: str) -> list[ast.Call]:
-    """The calls of ``self._call``, or of a method by its name, in the module."""
+    """The calls of a method by its name, in the module."""
     tree = ast.parse(Path(inspect.getfile(cuda)).read_text())
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     return [node for node in found if node.func.attr == name]  # type: ignore[attr-defined]
@@ -40,7 +40,7 @@ def calls(name: str) -> list[ast.Call]:
 def test_every_driver_function_exists_and_takes_that_many_arguments() -> None:
     from cuda.bindings import driver
 
-    asked = {node.args[0].value: len(node.args) - 1 for node in calls("_call")}  # type: ignore[attr-defined]
+    asked = {node.args[0].value: len(node.args) - 1 for node in calls("call")}  # type: ignore[attr-defined]
     assert {"cuMemcpyAsync", "cuEventRecordWithFlags", "cuEventElapsedTime"} <= asked.keys()
     for name, count in asked.items():
         signature = str(getattr(driver, name).__doc__).splitlines()[0]
