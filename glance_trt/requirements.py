@@ -54,7 +54,7 @@ def unrunnable(backend: str, requires: Mapping[str, str], device: int = 0) -> st
 
             return unmet(requires)
         if backend == "onnxruntime-gpu":
-            _check_provider(requires.get("provider", "CUDAExecutionProvider"))
+            _check_provider(requires.get("provider", "none"))
         else:
             _check_package(backend, requires)
         _check_gpu(requires, device)

@@ -84,6 +84,7 @@ class HostDevice:
     """See `Device`. `counts`: blocks and events in use, copies, captures and launches."""
 
     stream = 0
+    is_host = True
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()

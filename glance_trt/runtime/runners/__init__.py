@@ -14,6 +14,9 @@ from glance_trt.errors import TargetError
 from glance_trt.requirements import unrunnable
 from glance_trt.runtime.chain import Call, Chained
 
+_PLAIN = "CUDAExecutionProvider"
+"""ONNX Runtime's provider that compiles nothing and loads no code from a graph."""
+
 
 class Runner(Protocol):
     """Runs the graphs of one bundle on one target."""
@@ -54,6 +57,11 @@ def open_runner(
     engines, files = bundle.manifest.engines[target], bundle.manifest.files
     if reason := unrunnable(engines.backend, engines.requires, device):
         raise TargetError(f"{target}: {reason}")
+    if engines.backend == "onnxruntime-gpu" and engines.requires.get("provider") != _PLAIN and not trust:
+        raise TargetError(
+            f"{target}: its graphs go to TensorRT through ONNX Runtime, and a graph can hold a plan, which is native "
+            "code. If you trust where it comes from, give --trust"
+        )
 
     def read(file: str) -> bytes:
         return plans.read(bundle.path(file), files[file].sha256, trusted=trust)
@@ -95,6 +103,6 @@ def open_engines(
             )
         from glance_trt.runtime.runners.tensorrt import TensorRTEngine
 
-        return TensorRTEngine(engines, read(files[graph]), name=graph, stream=gpu.stream)
+        return TensorRTEngine(engines, read(files[graph]), name=graph, device=gpu)
 
     return DeviceRunner(gpu, open_engine, files, one_at_a_time=one_at_a_time)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +19,10 @@ try:
 except ImportError:  # only profilers miss it
     nvtx = None
 
+_LEGACY = 1
+"""CU_STREAM_LEGACY."""
+_RELAXED = 2
+"""CU_STREAM_CAPTURE_MODE_RELAXED: other threads may do as they like meanwhile."""
 INSTALL = "pip install 'glance-trt[cuda]'"
 
 
@@ -38,14 +43,19 @@ class CudaMemory:
 
 
 class CudaArray:
-    """See `DeviceArray`. view: a ``StridedMemoryView`` of cuda-core, which keeps the memory alive."""
+    """See `DeviceArray`. view: a ``StridedMemoryView`` of cuda-core. owner: keeps the memory alive. ready: of what this
+    pipeline made; cuda-core's view does not synchronize."""
 
-    def __init__(self, view: Any, owner: object) -> None:
-        self._view, self._owner = view, owner
+    def __init__(self, device: Cuda, view: Any, owner: object, ready: CudaEvent | None = None) -> None:
+        self.device, self._view, self._owner, self._ready = device, view, owner, ready
         self.address, self.spec = int(view.ptr), Spec(tuple(view.shape), np.dtype(view.dtype))
 
-    def __dlpack__(self, **options: Any) -> object:
-        return self._view.__dlpack__(**options)
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> object:
+        """stream: the consumer's, as DLPack has it for CUDA: None and 1 are the legacy default stream, 2 the one per
+        thread, -1 asks not to wait."""
+        if self._ready and stream != -1:
+            self.device.call("cuStreamWaitEvent", stream or _LEGACY, self._ready.handle, 0)
+        return self._view.__dlpack__(stream=-1, **options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._view.__dlpack_device__()  # type: ignore[no-any-return]
@@ -56,30 +66,30 @@ class CudaEvent:
 
     def __init__(self, device: Cuda) -> None:
         self._device = device
-        self._handle = device.call("cuEventCreate", 0)
+        self.handle = device.call("cuEventCreate", 0)
 
     def record(self, *, capturing: bool = False) -> None:
         """See `Event.record`."""
         flags = self._device.driver.CUevent_record_flags
         # In a capture a plain record is a dependency between streams; only an external one becomes a node with a time.
         flag = flags.CU_EVENT_RECORD_EXTERNAL if capturing else flags.CU_EVENT_RECORD_DEFAULT
-        self._device.call("cuEventRecordWithFlags", self._handle, self._device.stream, int(flag))
+        self._device.call("cuEventRecordWithFlags", self.handle, self._device.stream, int(flag))
 
     def wait(self) -> None:
         """See `Event.wait`. One that was never recorded counts as passed."""
-        self._device.call("cuEventSynchronize", self._handle)
+        self._device.call("cuEventSynchronize", self.handle)
 
     def milliseconds_since(self, earlier: CudaEvent) -> float:
         """See `Event.milliseconds_since`."""
-        return float(self._device.call("cuEventElapsedTime", earlier._handle, self._handle))
+        return float(self._device.call("cuEventElapsedTime", earlier.handle, self.handle))
 
     def close(self) -> None:
         """See `Event.close`."""
-        self._device.call("cuEventDestroy", self._handle)
+        self._device.call("cuEventDestroy", self.handle)
 
 
 class Cuda:
-    """See `Device`.
+    """See `Device`. While a pipeline works, its GPU is the calling thread's current one, and stays so.
 
     ordinal: of the GPU, as CUDA counts those that it sees. stream: whose work this follows, any object with
     ``__cuda_stream__``; by default one of its own. Raises `TargetError` where there is no such GPU, or no driver.
@@ -98,11 +108,15 @@ class Cuda:
             self._device = Device(ordinal)
             self._device.set_current()
             self._stream = self._device.create_stream(stream)
+            self._capturing = self._device.create_stream()
         except Exception as error:  # cuda-core raises RuntimeErrors, ValueErrors and CUDAErrors of its own
             raise TargetError(f"GPU {ordinal} cannot be used: {error}") from None
+        self.is_host = False
         self._pinned = LegacyPinnedMemoryResource()
         self.stream = int(self._stream.handle)
         self.ordinal = ordinal
+        if not self.stream:
+            raise InputError("stream: the default stream of CUDA cannot be captured; give one that was created")
 
     def activate(self) -> None:
         """See `Device.activate`."""
@@ -110,11 +124,13 @@ class Cuda:
 
     def allocate(self, nbytes: int) -> Memory:
         """See `Device.allocate`."""
-        return CudaMemory(self._device.allocate(nbytes, stream=self._stream))
+        with _errors(self.ordinal):
+            return CudaMemory(self._device.allocate(nbytes, stream=self._stream))
 
     def pinned(self, nbytes: int) -> Memory:
         """See `Device.pinned`."""
-        return CudaMemory(self._pinned.allocate(nbytes))
+        with _errors(self.ordinal):
+            return CudaMemory(self._pinned.allocate(nbytes))
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """See `Device.copy`; addresses say themselves whose they are (unified addressing)."""
@@ -125,21 +141,23 @@ class Cuda:
         return CudaEvent(self)
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """See `Device.capture`."""
-        builder = self._stream.create_graph_builder()
+        """See `Device.capture`. It is done in a stream of its own: what others put into the working one meanwhile would
+        become part of the graph. Through the driver, since cuda-core 1.2 cannot end a capture that CUDA has given up.
+        """
+        working, self.stream = self.stream, int(self._capturing.handle)
         try:
-            builder.begin_building("relaxed")
+            self.call("cuStreamBeginCapture", self.stream, self.driver.CUstreamCaptureMode(_RELAXED))
             try:
                 enqueue()
             finally:
-                builder.end_building()
-            graph = builder.complete()
+                graph = self.call("cuStreamEndCapture", self.stream)
+            executable = self.call("cuGraphInstantiate", graph, 0)
+            self.call("cuGraphDestroy", graph)
         except Exception as error:  # of whatever took part
             raise NotCaptured(str(error)) from None
         finally:
-            builder.close()
-        graph.upload(self._stream)
-        return lambda: graph.launch(self._stream)
+            self.stream = working
+        return CudaGraph(self, executable)
 
     def named(self, name: str) -> AbstractContextManager[object]:
         """See `Device.named`: an NVTX range."""
@@ -147,7 +165,7 @@ class Cuda:
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
-        self._stream.sync()
+        self.call("cuStreamSynchronize", self.stream)
 
     def share(self, memory: Memory, spec: Spec) -> DeviceArray:
         """See `Device.share`."""
@@ -155,28 +173,29 @@ class Cuda:
 
         assert isinstance(memory, CudaMemory)
         view = StridedMemoryView.from_buffer(memory.buffer, spec.shape, dtype=spec.dtype)
-        return CudaArray(view, memory)
+        ready = CudaEvent(self)
+        ready.record()
+        return CudaArray(self, view, memory, ready)
 
     def take(self, array: Any) -> DeviceArray:
         """See `Device.take`. Raises `InputError` for what is not contiguous, not on this GPU, or no array."""
         from cuda.core.utils import StridedMemoryView
 
-        if isinstance(array, CudaArray):
+        if isinstance(array, CudaArray) and array.device is self:
             return array
-        if not hasattr(array, "__dlpack__"):
-            raise InputError(f"expected an array, of NumPy or with DLPack; got {type(array).__name__}")
         try:
             view = StridedMemoryView.from_dlpack(array, self.stream)
         except Exception as error:  # whatever the other library raises
             raise InputError(f"an array of {type(array).__name__} cannot be taken through DLPack: {error}") from None
         if not view.is_device_accessible or view.device_id != self.ordinal:
             raise InputError(f"an array on device {view.device_id}; this pipeline runs on GPU {self.ordinal}")
-        if view.strides is not None and view.strides != _contiguous(view.shape):
-            raise InputError(f"an array of strides {view.strides}; make it contiguous first")
-        return CudaArray(view, array)
+        if view.strides is not None and not _is_contiguous(view.shape, view.strides):
+            raise InputError(f"an array of shape {view.shape} and strides {view.strides}; make it contiguous first")
+        return CudaArray(self, view, array)
 
     def close(self) -> None:
         """See `Device.close`."""
+        self._capturing.close()
         self._stream.close()
 
     def call(self, function: str, *arguments: Any) -> Any:
@@ -188,9 +207,34 @@ class Cuda:
         return results[0] if results else None
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
+class CudaGraph:
+    """A captured graph; calling it puts it into the device's stream."""
+
+    def __init__(self, device: Cuda, handle: Any) -> None:
+        self._device, self._handle = device, handle
+
+    def __call__(self) -> None:
+        self._device.call("cuGraphLaunch", self._handle, self._device.stream)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(TargetError):  # of a driver that is shutting down
+            self._device.call("cuGraphExecDestroy", self._handle)
+
+
+@contextlib.contextmanager
+def _errors(ordinal: int) -> Iterator[None]:
+    """Make a `TargetError` of what cuda-core raises."""
+    try:
+        yield
+    except Exception as error:
+        raise TargetError(f"GPU {ordinal}: {error}") from None
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements lie in order without gaps; strides of dimensions of one element mean nothing."""
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != step:
+            return False
         step *= size
-    return tuple(reversed(strides))
+    return True

@@ -25,6 +25,8 @@ from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.chain import Arrays, Call, Chained, needed
 from glance_trt.runtime.runners import layout
 
+_ON_HOST = 1
+"""DLPack's kDLCPU."""
 _KEPT = 8
 """Chains whose buffers and captured graphs are kept: one for each batch size and schedule in use."""
 
@@ -74,9 +76,13 @@ class Event(Protocol):
 
 
 class Device(Protocol):
-    """A device and one stream on it. Copies, events and launches are put into the stream and return at once."""
+    """A device and one stream on it. Copies, events and launches are put into the stream and return at once.
+
+    stream: its handle, another one while a graph is captured. is_host: whether its memory is the host's.
+    """
 
     stream: int
+    is_host: bool
 
     def activate(self) -> None:
         """Make it the calling thread's device."""
@@ -188,6 +194,9 @@ class DeviceRunner:
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """See `Runner.run`."""
         with self._lock:
+            self._device.activate()
+            if self._one_at_a_time:
+                self._drop_all_but({graph})
             outputs = self._engine(graph).outputs
         call = Call(graph, tuple((port, f"in.{port}") for port in inputs), tuple((p, f"out.{p}") for p in outputs))
         values = {f"in.{port}": np.asarray(value) for port, value in inputs.items()}
@@ -226,7 +235,7 @@ class DeviceRunner:
         if nbytes > self._scratch_size:
             self._device.synchronize()
             for program in self._programs.values():
-                program.launch = None  # it holds the old address
+                program.forget()  # it holds the old address
             if self._scratch:
                 self._scratch.close()
             self._scratch, self._scratch_size = self._device.allocate(nbytes), nbytes
@@ -235,7 +244,10 @@ class DeviceRunner:
     def _input(self, value: Any) -> NDArray[Any] | DeviceArray:
         if isinstance(value, (np.ndarray, np.generic)):
             return np.asarray(value, order="C")
-        return self._device.take(value)
+        if not hasattr(value, "__dlpack__"):
+            raise InputError(f"expected an array, of NumPy or with DLPack; got {type(value).__name__}")
+        on_host = value.__dlpack_device__()[0] == _ON_HOST and not self._device.is_host
+        return np.asarray(np.from_dlpack(value), order="C") if on_host else self._device.take(value)
 
     def _engine(self, graph: str) -> Engine:
         if self._closed:
@@ -358,6 +370,10 @@ class _Program:
         if self._uploaded:
             self._device.copy(self._memory.address, upload.block.address, self._uploaded)
         upload.sent.record()
+
+    def forget(self) -> None:
+        """Begin anew: what was captured is not valid any more."""
+        self.launch, self._runs = None, 0
 
     def close(self) -> None:
         self.launch = None

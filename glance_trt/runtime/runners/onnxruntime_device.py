@@ -25,6 +25,8 @@ DEVICES = {
 }
 """ONNX Runtime's name of the device, by its name of the provider."""
 
+_EXACT = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+"""float32 means float32, as in plans."""
 _FACTOR = re.compile(r"(?:(\d+)\*)?(\w+)")
 
 
@@ -39,11 +41,15 @@ class OnnxRuntimeEngine:
     def __init__(self, path: Path, *, name: str, provider: str, ordinal: int = 0, stream: int = 0) -> None:
         ort = import_onnxruntime()
         self._name, self._file, self._device, self._ordinal = name, path.name, DEVICES[provider], ordinal
+        if self._device == "cuda" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN that pip has installed
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only; it logs to stderr
         settings: list[Any] = [provider]
         if self._device == "cuda":
-            settings = [(provider, {"device_id": str(ordinal), "user_compute_stream": str(stream)})]
+            settings = [
+                (provider, {"device_id": str(ordinal), "user_compute_stream": str(stream)} | _EXACT.get(provider, {}))
+            ]
         try:
             self._session = ort.InferenceSession(str(path), options, providers=settings)
         except Exception as error:  # ONNX Runtime's own exceptions have no common base

@@ -16,7 +16,7 @@ import numpy as np
 from glance_trt import records, requirements
 from glance_trt.bundle import EngineSet
 from glance_trt.errors import InputError, TargetError
-from glance_trt.runtime.runners.on_device import Spec
+from glance_trt.runtime.runners.on_device import Device, Spec
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -29,18 +29,17 @@ _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "in
 class TensorRTEngine:
     """See `Engine`. Opening one runs native code: read the plan with `glance_trt.trust.read`.
 
-    engines: the set that the plan is of. name: the graph's, for errors. stream: the handle of the CUDA stream that it
-    runs in.
+    engines: the set that the plan is of. name: the graph's, for errors. device: whose stream it runs in.
 
     Raises `TargetError` for a plan that this machine cannot open, with what TensorRT says of it.
     """
 
-    def __init__(self, engines: EngineSet, plan: bytes, *, name: str, stream: int) -> None:
+    def __init__(self, engines: EngineSet, plan: bytes, *, name: str, device: Device) -> None:
         if TYPE_CHECKING:
             module = trt
         else:
             module = requirements.load(engines.backend)
-        self._name, self._stream = name, stream
+        self._name, self._device = name, device
         self._log = _logger(module)
         self._runtime = module.Runtime(self._log)
         # A version compatible plan carries code of the host's, a runtime of its own version.
@@ -72,7 +71,7 @@ class TensorRTEngine:
         context = self._engine.create_execution_context(self._config)
         if context is None:
             raise TargetError(f"{self._name}: no execution context: {self._log.last()}")
-        if not context.set_optimization_profile_async(profile, self._stream):
+        if not context.set_optimization_profile_async(profile, self._device.stream):
             raise TargetError(f"{self._name}: optimization profile {profile} cannot be set: {self._log.last()}")
         for port, shape in shapes.items():
             if not context.set_input_shape(port, shape):
@@ -80,7 +79,7 @@ class TensorRTEngine:
         if unknown := context.infer_shapes():
             raise TargetError(f"{self._name}: no shape for {', '.join(unknown)}: {self._log.last()}")
         outputs = {port: Spec(tuple(context.get_tensor_shape(port)), self.dtype(port)) for port in self.outputs}
-        return TensorRTBinding(self._name, context, outputs, self._stream, self._log)
+        return TensorRTBinding(self._name, context, outputs, self._device, self._log)
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -109,9 +108,9 @@ class TensorRTBinding:
     """See `Binding`: an execution context with its shapes."""
 
     def __init__(
-        self, name: str, context: trt.IExecutionContext, outputs: Mapping[str, Spec], stream: int, log: Any
+        self, name: str, context: trt.IExecutionContext, outputs: Mapping[str, Spec], device: Device, log: Any
     ) -> None:
-        self._name, self._context, self._stream, self._log = name, context, stream, log
+        self._name, self._context, self._device, self._log = name, context, device, log
         self.outputs = outputs
         self.scratch = context.update_device_memory_size_for_shapes()
 
@@ -119,14 +118,13 @@ class TensorRTBinding:
         """See `Binding.capturable`."""
         # TensorRT has no such question: there, every context that has run once can be captured.
         ask = getattr(self._context, "is_stream_capturable", None)
-        return ask is None or bool(ask(self._stream))
+        return ask is None or bool(ask(self._device.stream))
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int) -> None:
         """See `Binding.enqueue`."""
-        for port, address in addresses.items():
-            self._context.set_tensor_address(port, address)
+        placed = all(self._context.set_tensor_address(port, address) for port, address in addresses.items())
         self._context.set_device_memory(scratch, self.scratch)
-        if not self._context.execute_async_v3(self._stream):
+        if not (placed and self._context.execute_async_v3(self._device.stream)):
             raise TargetError(f"{self._name}: could not run: {self._log.last()}")
 
     def close(self) -> None:
@@ -155,7 +153,7 @@ class _RuntimeCache:
         config.set_runtime_cache(self._cache)
 
     def save(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # it only saves the next process its time
             records.write(self._file, bytes(self._cache.serialize()))
 
 

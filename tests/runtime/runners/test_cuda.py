@@ -6,6 +6,7 @@ import ast
 import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from glance_trt.errors import TargetError
 from glance_trt.runtime.runners import cuda
 from glance_trt.runtime.runners.cuda import Cuda, CudaMemory
+from glance_trt.runtime.runners.on_device import NotCaptured
 
 pytest.importorskip("cuda.core", reason="pip install glance-trt[cuda]")
 
@@ -50,14 +52,11 @@ def test_every_driver_function_exists_and_takes_that_many_arguments() -> None:
 
 def test_every_method_of_cuda_core_exists() -> None:
     from cuda.core import Device, LegacyPinnedMemoryResource, Stream
-    from cuda.core.graph import Graph, GraphBuilder
     from cuda.core.utils import StridedMemoryView
 
     for owner, names in {
         Device: ("set_current", "create_stream", "allocate"),
-        Stream: ("create_graph_builder", "sync", "close", "handle"),
-        GraphBuilder: ("begin_building", "end_building", "complete", "close"),
-        Graph: ("upload", "launch"),
+        Stream: ("close", "handle"),
         LegacyPinnedMemoryResource: ("allocate",),
         StridedMemoryView: ("from_buffer", "from_dlpack", "__dlpack__", "__dlpack_device__"),
     }.items():
@@ -76,7 +75,49 @@ def test_memory_of_the_host_is_seen_as_bytes() -> None:
     assert array[3] == 99
 
 
-@pytest.mark.parametrize(("shape", "strides"), [((), ()), ((5,), (1,)), ((2, 3, 4), (12, 4, 1))])
-def test_contiguous_strides_are_numpy_s(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    array: Any = np.empty(shape, np.uint8)
-    assert cuda._contiguous(shape) == strides == array.strides
+@pytest.mark.parametrize(
+    ("shape", "strides", "expected"),
+    [
+        ((), (), True),
+        ((5,), (1,), True),
+        ((2, 3, 4), (12, 4, 1), True),
+        ((1, 4, 8), (999, 8, 1), True),  # the stride of a single element means nothing
+        ((2, 3), (1, 2), False),
+        ((4, 8), (16, 1), False),
+    ],
+)
+def test_contiguous_is_what_numpy_calls_so(shape: tuple[int, ...], strides: tuple[int, ...], expected: bool) -> None:
+    array: Any = np.lib.stride_tricks.as_strided(np.zeros(4096, np.uint8), shape, strides)
+    assert cuda._is_contiguous(shape, strides) is expected is bool(array.flags.c_contiguous)
+
+
+def test_what_is_exported_makes_the_consumer_s_stream_wait() -> None:
+    """A consumer names its stream as DLPack has it; cuda-core's own view would not wait."""
+    waits: list[Any] = []
+    device: Any = SimpleNamespace(call=lambda *asked: waits.append(asked))
+    view = SimpleNamespace(ptr=0, shape=(2,), dtype="uint8", __dlpack__=lambda stream: f"capsule {stream}")
+    made = cuda.CudaArray(device, view, None, ready=SimpleNamespace(handle="event"))  # type: ignore[arg-type]
+    for stream in (None, 1, 2, 77, -1):
+        assert made.__dlpack__(stream=stream) == "capsule -1"
+    assert waits == [("cuStreamWaitEvent", stream, "event", 0) for stream in (1, 1, 2, 77)]
+
+
+def test_an_operation_that_cannot_be_captured_leaves_the_stream_as_it_was() -> None:
+    device = object.__new__(Cuda)
+    asked: list[str] = []
+
+    def call(function: str, *_: object) -> object:
+        asked.append(function)
+        return None
+
+    device.call = call  # type: ignore[method-assign]
+    device.stream, device.driver = 5, SimpleNamespace(CUstreamCaptureMode=int)
+    device._capturing = SimpleNamespace(handle=6)
+
+    def enqueue() -> None:
+        assert device.stream == 6, "a stream of its own"
+        raise TargetError("no")
+
+    with pytest.raises(NotCaptured, match=r"^no$"):
+        device.capture(enqueue)
+    assert (device.stream, asked) == (5, ["cuStreamBeginCapture", "cuStreamEndCapture"])

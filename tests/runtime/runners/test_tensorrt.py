@@ -148,7 +148,7 @@ def start(journal: Journal, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> C
             monkeypatch.setitem(sys.modules, name, stand_in(journal, **options))
         backend: Any = "tensorrt" if options.get("capturable", True) is None else "tensorrt-rtx"
         engines = EngineSet(backend, "float16", {}, requires or {}, weight_streaming_budget=budget)
-        return TensorRTEngine(engines, plan, name="denoiser.slow", stream=99)
+        return TensorRTEngine(engines, plan, name="denoiser.slow", device=SimpleNamespace(stream=99))
 
     return start
 
