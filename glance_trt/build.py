@@ -21,10 +21,10 @@ from glance_trt import hashing, preflight, recipe, schedule, strict
 from glance_trt.bundle import Bundle, DType, EngineSet, Graph, Manifest
 from glance_trt.compiling import Precision, check_buildable, engine_files, engine_set
 from glance_trt.engines import backends, targets
-from glance_trt.engines.targets import Target
+from glance_trt.engines.targets import Profile, Target
 from glance_trt.errors import BundleError, OutputError, RecipeError
 from glance_trt.export import inputs as inputs_
-from glance_trt.export.compare import compare
+from glance_trt.export.compare import Taken, compare
 from glance_trt.export.exporter import Exported, export
 from glance_trt.export.inputs import Inputs
 from glance_trt.export.parity import LIMIT
@@ -196,7 +196,26 @@ class _Build:
 
     def _compared(self, folder: Path, engines: EngineSet | Mapping[str, str], target: Target) -> Sequence[Any]:
         with Worker("parity") as worker:
-            return worker.call(compare, self.inputs, folder, engines, self._dtypes(target), progress=self.progress)
+            return worker.call(
+                compare,
+                self.inputs,
+                folder,
+                engines,
+                self._dtypes(target),
+                taken=self._taken(target) if isinstance(engines, EngineSet) else None,
+                progress=self.progress,
+            )
+
+    def _taken(self, target: Target) -> Taken | None:
+        """What the plans of a target take: the fewest and the most images, at the usual size."""
+        if target.backend.startswith("onnxruntime"):
+            return None
+        profile, (_, height, width) = (target.profiles or (Profile(),))[0], self.image.latent_shape
+        scale = self.image.latent_scale
+        usual = tuple(
+            item[1] // scale if item else own for item, own in ((profile.height, height), (profile.width, width))
+        )
+        return Taken(tuple(dict.fromkeys((profile.batch[0], profile.batch[2]))), (usual[0], usual[1]))
 
     def _report(self, bundle: Bundle, parity: Mapping[str, Sequence[Any]]) -> Path:
         """Write the page that shows what was done, beside the bundle."""
@@ -256,7 +275,7 @@ class _Build:
 def examples(bundle: Path, prompts: Sequence[str], progress: Progress = silent) -> list[Sample]:
     """An image of each prompt, by the first target that runs here."""
     samples = []
-    with Pipeline.open(bundle) as pipeline, warnings.catch_warnings():
+    with Pipeline.open(bundle, trust=True) as pipeline, warnings.catch_warnings():  # it has just been built
         warnings.simplefilter("ignore", PromptTruncated)
         for i, prompt in enumerate(prompts):
             progress("examples", i, len(prompts))

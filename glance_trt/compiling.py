@@ -55,8 +55,8 @@ def compile_bundle(folder: Path, engines: Sequence[str], *, progress: Progress =
         # Without the engines that are to be replaced: those are taken over from nobody.
         previous = replace(manifest, engines=kept, files={name: manifest.files[name] for name in set(files)})
         staging = Staging(folder, Bundle(folder, previous, bundle.sha256))
-        for name in files:
-            staging.stage(manifest.files[name].key, _refuse)
+        for name in dict.fromkeys(files):
+            staging.keep(name) if _is_foreign(bundle, name) else staging.stage(manifest.files[name].key, _refuse)
         made, seconds = dict(kept), dict[str, float]()
         precision: dict[str, Precision] = {}
         for target in wanted:
@@ -168,6 +168,11 @@ def _dtypes(bundle: Bundle, target: Target) -> dict[str, DType]:
         )
     others = {name: cast(DType, next(iter(graph.files))) for name, graph in graphs.items()}
     return {name: target.dtype if target.dtype in graph.files else others[name] for name, graph in graphs.items()}
+
+
+def _is_foreign(bundle: Bundle, name: str) -> bool:
+    """Whether a file is a plan that was not built here."""
+    return name.endswith(".plan") and not trust.known(bundle.manifest.files[name].sha256)
 
 
 def _refuse(_: Path) -> list[str]:

@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from glance_trt import bundle as format_
-from glance_trt import hashing
+from glance_trt import hashing, trust
 from glance_trt.bundle import Bundle, FileEntry, Manifest
 from glance_trt.errors import BundleError, OutputError
 from glance_trt.progress import Progress, silent
 
+_PLAN = ".plan"
+"""What plans of TensorRT are called."""
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
@@ -35,7 +37,8 @@ class Staging:
     """The workplace for a bundle at `output`; `folder` is what will stand there.
 
     Artefacts of `previous`, a bundle that is there already, are taken over by their keys, as links: a finished file is
-    replaced, and never written to. Where `output` is a link, what it leads to is replaced.
+    replaced, and never written to. Plans, which are native code, are taken over only if they were built here: a key is
+    what the bundle says of itself. Where `output` is a link, what it leads to is replaced.
     """
 
     def __init__(self, output: Path, previous: Bundle | None = None) -> None:
@@ -51,7 +54,8 @@ class Staging:
         self._previous = previous
         self._earlier: dict[str, list[str]] = {}
         for name, entry in previous.manifest.files.items() if previous else ():
-            self._earlier.setdefault(entry.key, []).append(name)
+            if not name.endswith(_PLAN) or trust.known(entry.sha256):
+                self._earlier.setdefault(entry.key, []).append(name)
         self._clean({name for names in self._finished.values() for name in names})
 
     def stage(self, key: str, make: Callable[[Path], Iterable[str]]) -> list[str]:
@@ -63,6 +67,14 @@ class Staging:
             with self._scratch() as scratch:
                 self._accept(key, scratch, list(dict.fromkeys(make(scratch))))
         return self._finished[key]
+
+    def keep(self, name: str) -> None:
+        """Take a file of `previous` over as it is, under a key that nothing else has. Raises `BundleError`."""
+        assert self._previous is not None
+        self._previous.check([name])
+        with self._scratch() as scratch:
+            _link(self._previous.path(name), scratch / name)
+            self._accept(key_of("kept", name, self._previous.manifest.files[name].sha256), scratch, [name])
 
     def key(self, name: str) -> str:
         """The key of a finished file."""

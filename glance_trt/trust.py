@@ -21,6 +21,11 @@ def remember(sha256s: Iterable[str]) -> None:
     records.add(_RECORD, dict.fromkeys(sha256s, ""))
 
 
+def known(sha256: str) -> bool:
+    """Whether a plan of this hash was built here."""
+    return sha256 in records.load(_RECORD)
+
+
 def read(path: Path, sha256: str, *, trusted: bool = False) -> bytes:
     """The bytes of a plan, which have this SHA-256, from the one file that was opened.
 
@@ -31,7 +36,7 @@ def read(path: Path, sha256: str, *, trusted: bool = False) -> bytes:
         plan = file.read()
     if hashlib.sha256(plan).hexdigest() != sha256:
         raise BundleError(f"{path}: altered: its SHA-256 is not the manifest's; build the bundle again")
-    if not trusted and sha256 not in records.load(_RECORD):
+    if not trusted and not known(sha256):
         raise TargetError(
             f"{path}: a plan is native code, and this one was not built here by you. If you trust where it comes from, "
             "give --trust; else compile it anew from the graphs beside it: glance-trt compile BUNDLE --engine TARGET"

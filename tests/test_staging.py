@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from glance_trt import trust
 from glance_trt.bundle import Bundle
 from glance_trt.errors import OutputError
 from glance_trt.staging import Staging, key_of, locked, present, writing
+
+from .models import tiny
 
 Make = Callable[[Path], list[str]]
 
@@ -75,6 +78,40 @@ def test_an_artefact_is_made_once_however_many_builds_ask(output: Path) -> None:
         assert staging.key("b.txt") == "key"
     assert calls == ["a_txt,b_txt"]
     assert not output.exists()
+
+
+@pytest.fixture
+def with_a_plan(output: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bundle:
+    """A bundle of another user's, whose file ``gpu.a.plan`` says that it is what the key ``K`` stands for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = Bundle.open(tiny.make_bundle(tmp_path / "theirs", extra={"gpu.a.plan": b"code"}))
+    entry = bundle.manifest.files["gpu.a.plan"]
+    files = bundle.manifest.files | {"gpu.a.plan": dataclasses.replace(entry, key="K")}
+    return Bundle(bundle.directory, dataclasses.replace(bundle.manifest, files=files), bundle.sha256)
+
+
+def test_a_plan_of_the_bundle_before_is_taken_over_only_if_it_was_built_here(with_a_plan: Bundle, output: Path) -> None:
+    def make(folder: Path) -> list[str]:
+        (folder / "gpu.a.plan").write_bytes(b"ours")
+        return ["gpu.a.plan"]
+
+    staging = Staging(output, with_a_plan)
+    staging.stage("K", make)
+    assert (staging.folder / "gpu.a.plan").read_bytes() == b"ours"
+
+    trust.remember([with_a_plan.manifest.files["gpu.a.plan"].sha256])
+    again = Staging(output.with_name("y.bundle"), with_a_plan)
+    again.stage("K", make)
+    assert (again.folder / "gpu.a.plan").read_bytes() == b"code"
+
+
+def test_a_file_that_is_kept_answers_to_no_key_of_its_own_bundle(with_a_plan: Bundle, output: Path) -> None:
+    staging = Staging(output, with_a_plan)
+    staging.keep("gpu.a.plan")
+    assert (staging.folder / "gpu.a.plan").read_bytes() == b"code"
+    assert staging.key("gpu.a.plan") != "K"
+    staging.stage("K", _maker([], b_txt="made"))
+    assert (staging.folder / "b.txt").read_text() == "made"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "full")])

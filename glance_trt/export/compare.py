@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from glance_trt.bundle import EngineSet
@@ -12,17 +13,26 @@ from glance_trt.progress import Progress, silent
 from glance_trt.runtime.runners import Runner, open_engines
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Shapes that engines take: numbers of images at once, and the latents' height and width."""
+
+    batches: tuple[int, ...]
+    latents: tuple[int, int]
+
+
 def compare(
     inputs: Inputs,
     folder: Path,
     engines: EngineSet | Mapping[str, str],
     dtypes: Mapping[str, str],
+    taken: Taken | None = None,
     progress: Progress = silent,
 ) -> list[Parity]:
     """Compare engines that were made in `folder`, or portable graphs given by the names of their files.
 
-    dtypes: what each graph computes in. What is too large to be loaded is compared in small, and its fused weights by
-    samples. Raises `ParityError`.
+    dtypes: what each graph computes in. taken: what the engines take, if that is not everything. What is too large to
+    be loaded is compared in small, and its fused weights by samples. Raises `ParityError`.
     """
     from glance_trt.export import large, phases
 
@@ -36,7 +46,11 @@ def compare(
     whole = {name: dtype for name, dtype in dtypes.items() if name.partition(".")[0] not in oversized}
     reference = Reference(inputs.family, inputs.model, inputs.loras, guides)
     try:
-        results = check(runner, whole, reference, inputs.family.sources(guides), progress)
+        sources = inputs.family.sources(guides)
+        if taken:
+            results = check(runner, whole, reference, sources, progress, batches=taken.batches, latents=taken.latents)
+        else:
+            results = check(runner, whole, reference, sources, progress)
     finally:
         runner.close()
     if oversized:

@@ -100,6 +100,20 @@ def test_a_plan_that_came_with_the_bundle_is_not_taken_for_one_of_ours(
     assert contents(built.output)[plan.name], "as before"
 
 
+def test_a_plan_from_elsewhere_for_another_target_stays_and_stays_foreign(
+    built: Home, plans: Callable[..., str]
+) -> None:
+    compile_bundle(built.output, [plans("theirs")])
+    shutil.rmtree(records.folder())
+    before = contents(built.output)
+    bundle = compile_bundle(built.output, [plans("ours")]).bundle
+    assert contents(built.output)["theirs.decoder.plan"] == before["theirs.decoder.plan"]
+    assert "theirs" in bundle.manifest.engines
+    known = {name: trust.known(entry.sha256) for name, entry in bundle.manifest.files.items() if ".plan" in name}
+    assert known["ours.decoder.plan"]
+    assert not known["theirs.denoiser.slow.plan"]
+
+
 def refuse(*_: object, **__: object) -> None:
     raise AssertionError("compiled")
 

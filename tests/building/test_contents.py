@@ -107,7 +107,7 @@ def write_plans(
 ) -> dict[str, backends.Built]:
     """In place of `backends.build`: plans that say what they were compiled from."""
     for name, graph in graphs.items():
-        (directory / f"{target.name}.{name}.plan").write_text(f"{graph.name} {dtypes[name]}")
+        (directory / f"{target.name}.{name}.plan").write_text(f"{target.name} {graph.name} {dtypes[name]}")
     return {
         name: backends.Built(f"{target.name}.{name}.plan", (), {"CONVOLUTION": {dtypes[name]: 1}}) for name in graphs
     }
@@ -127,7 +127,7 @@ def test_a_part_may_compute_in_another_dtype_than_its_target(home: Home, monkeyp
     for name, graph in manifest.graphs.items():
         dtype = "float32" if name == "decoder" else "float16"
         assert graph.files == {dtype: f"{name}.{dtype}.onnx"}
-        assert (home.output / f"half.{name}.plan").read_text() == f"{graph.files[dtype]} {dtype}"
+        assert (home.output / f"half.{name}.plan").read_text() == f"half {graph.files[dtype]} {dtype}"
     engines = manifest.engines["half"]
     assert engines.dtype == "float16"
     assert {name: engine.dtype for name, engine in engines.graphs.items() if engine.dtype} == {"decoder": "float32"}
