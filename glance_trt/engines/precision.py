@@ -65,9 +65,11 @@ def check(network: trt.INetworkDefinition, dtype: str, graph: str) -> None:
 def count_engine(information: str) -> Counts:
     """The layers of a built engine, by the dtype of their first input; empty where the engine does not tell.
 
-    information: what ``EngineInspector.get_engine_information`` says of a plan of detailed verbosity, as JSON.
+    information: what ``EngineInspector.get_engine_information`` says of a plan of detailed verbosity, as JSON. For
+    dynamic shapes TensorRT has been seen to write "N/A due to dynamic shapes" in place of every dtype.
     """
-    return _count((str(layer.get("LayerType", "unknown")).lower(), _inputs(layer)[0]) for layer in _parsed(information))
+    layers = [(str(layer.get("LayerType", "unknown")).lower(), _inputs(layer)[0]) for layer in _parsed(information)]
+    return _count(layers) if any(dtype in _FLOATS for _, dtype in layers) else {}
 
 
 def check_engine(information: str, dtype: str, graph: str) -> None:

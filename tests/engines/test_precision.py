@@ -131,3 +131,10 @@ def test_an_engine_s_layer_that_has_no_input_of_the_dtype_is_named() -> None:
 def test_an_engine_that_tells_little_passes(text: str) -> None:
     precision.check_engine(text, "float16", "decoder")
     assert precision.count_engine(text) in ({}, {"unknown": {"none": 1}})
+
+
+def test_an_engine_that_does_not_tell_its_dtypes_counts_for_nothing() -> None:
+    """So that what the network said is shown instead."""
+    text = inspected(("conv", "CaskConvolution", ["N/A due to dynamic shapes"]))
+    assert precision.count_engine(text) == {}
+    precision.check_engine(text, "float16", "decoder")
