@@ -19,7 +19,7 @@ from typing import Any
 from glance_trt import bundle as format_
 from glance_trt import hashing, preflight, recipe, schedule, strict
 from glance_trt.bundle import Bundle, DType, EngineSet, Graph, Manifest
-from glance_trt.compiling import Precision, check_buildable, engine_files, engine_set
+from glance_trt.compiling import Precision, check_buildable, engine_set, portable_files
 from glance_trt.engines import backends, targets
 from glance_trt.engines.targets import Profile, Target
 from glance_trt.errors import BundleError, OutputError, RecipeError
@@ -245,11 +245,8 @@ class _Build:
             for phase, item in self.inputs.loras.items()
             if item
         )
-        files = [item.file for item in exported.tokenizers.values()]
-        for graph in exported.graphs.values():
-            files += [*graph.files.values(), *graph.weights]
-        for item in engines.values():
-            files += engine_files(item)
+        files = portable_files(exported.tokenizers, exported.graphs)
+        files += [file for item in engines.values() for file in item.files()]
         model, guidance = self.inputs.model.resolve().name, self.plan.guidance
         return Manifest(
             format=format_.FORMAT,

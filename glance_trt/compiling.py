@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from glance_trt import hashing, recipe, strict, trust
-from glance_trt.bundle import Bundle, DType, Engine, EngineSet, Graph, Image
+from glance_trt.bundle import Bundle, DType, Engine, EngineSet, Graph, Image, Tokenizer
 from glance_trt.engines import backends, targets
 from glance_trt.engines.targets import Target
 from glance_trt.errors import BundleError, TargetError
@@ -48,15 +48,14 @@ def compile_bundle(folder: Path, engines: Sequence[str], *, progress: Progress =
         manifest = bundle.manifest
         dtypes = {target.name: _dtypes(bundle, target) for target in wanted}
         kept = {name: item for name, item in manifest.engines.items() if name not in dtypes}
-        files = [item.file for item in manifest.tokenizers.values()]
-        for graph in manifest.graphs.values():
-            files += [*graph.files.values(), *graph.weights]
-        files += [file for engine_set in kept.values() for file in engine_files(engine_set)]
+        files = portable_files(manifest.tokenizers, manifest.graphs)
+        files += [file for item in kept.values() for file in item.files()]
         # Without the engines that are to be replaced: those are taken over from nobody.
         previous = replace(manifest, engines=kept, files={name: manifest.files[name] for name in set(files)})
         staging = Staging(folder, Bundle(folder, previous, bundle.sha256))
         for name in dict.fromkeys(files):
-            staging.keep(name) if _is_foreign(bundle, name) else staging.stage(manifest.files[name].key, _refuse)
+            entry = manifest.files[name]
+            staging.keep(name) if trust.is_foreign(name, entry.sha256) else staging.stage(entry.key, _refuse)
         made, seconds = dict(kept), dict[str, float]()
         precision: dict[str, Precision] = {}
         for target in wanted:
@@ -72,7 +71,7 @@ def compile_bundle(folder: Path, engines: Sequence[str], *, progress: Progress =
                 progress=progress,
             )
             seconds[target.name] = time.perf_counter() - start
-        files += [file for item in made.values() for file in engine_files(item)]
+        files += [file for item in made.values() for file in item.files()]
         staging.finish(replace(manifest, engines=made, files=staging.entries(files, progress)))
         return Compiled(Bundle.open(folder), seconds, precision)
 
@@ -115,9 +114,10 @@ def check_buildable(wanted: Sequence[Target]) -> None:
             )
 
 
-def engine_files(engines: EngineSet) -> list[str]:
-    """The files of a target's engines, weights included."""
-    return [file for engine in engines.graphs.values() for file in (engine.file, *engine.weights)]
+def portable_files(tokenizers: Mapping[str, Tokenizer], graphs: Mapping[str, Graph]) -> list[str]:
+    """The files of a bundle that no target needs alone: tokenizers, graphs and their weights."""
+    files = [item.file for item in tokenizers.values()]
+    return files + [file for graph in graphs.values() for file in (*graph.files.values(), *graph.weights)]
 
 
 def _group(
@@ -168,11 +168,6 @@ def _dtypes(bundle: Bundle, target: Target) -> dict[str, DType]:
         )
     others = {name: cast(DType, next(iter(graph.files))) for name, graph in graphs.items()}
     return {name: target.dtype if target.dtype in graph.files else others[name] for name, graph in graphs.items()}
-
-
-def _is_foreign(bundle: Bundle, name: str) -> bool:
-    """Whether a file is a plan that was not built here."""
-    return name.endswith(".plan") and not trust.known(bundle.manifest.files[name].sha256)
 
 
 def _refuse(_: Path) -> list[str]:

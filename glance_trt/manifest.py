@@ -119,8 +119,7 @@ class Manifest:
         Raises `BundleError` if there are no engines for that target.
         """
         files = [tokenizer.file for tokenizer in self.tokenizers.values()]
-        for engine in _get(self.engines, "target", target).graphs.values():
-            files += [engine.file, *engine.weights]
+        files += _get(self.engines, "target", target).files()
         return list(dict.fromkeys(files))
 
 

@@ -86,8 +86,13 @@ def is_installed(module: str) -> bool:
 
 def this_platform() -> str:
     """Operating system and CPU architecture, such as ``linux-x86_64``."""
+    return f"{platform.system().lower()}-{architecture()}"
+
+
+def architecture() -> str:
+    """The CPU's, by the name that Linux has for it, such as ``x86_64``."""
     machine = platform.machine().lower()
-    return f"{platform.system().lower()}-{_MACHINES.get(machine, machine)}"
+    return _MACHINES.get(machine, machine)
 
 
 def _check_provider(provider: str) -> None:

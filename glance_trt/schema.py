@@ -110,6 +110,10 @@ class EngineSet:
         if self.weight_streaming_budget is not None:
             limits.check_range("weight_streaming_budget", self.weight_streaming_budget, 0, limits.INT32)
 
+    def files(self) -> list[str]:
+        """The files of all its engines, with the weights that they refer to; one that several share, several times."""
+        return [file for engine in self.graphs.values() for file in (engine.file, *engine.weights)]
+
 
 @dataclass(frozen=True)
 class Tokenizer:

@@ -23,8 +23,6 @@ from glance_trt.bundle import Bundle, FileEntry, Manifest
 from glance_trt.errors import BundleError, OutputError
 from glance_trt.progress import Progress, silent
 
-_PLAN = ".plan"
-"""What plans of TensorRT are called."""
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
@@ -54,7 +52,7 @@ class Staging:
         self._previous = previous
         self._earlier: dict[str, list[str]] = {}
         for name, entry in previous.manifest.files.items() if previous else ():
-            if not name.endswith(_PLAN) or trust.known(entry.sha256):
+            if not trust.is_foreign(name, entry.sha256):
                 self._earlier.setdefault(entry.key, []).append(name)
         self._clean({name for names in self._finished.values() for name in names})
 

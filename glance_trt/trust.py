@@ -13,6 +13,8 @@ from pathlib import Path
 from glance_trt import hashing, records
 from glance_trt.errors import BundleError, TargetError
 
+PLAN = ".plan"
+"""What the names of plans end in."""
 _RECORD = "trusted.json"
 
 
@@ -24,6 +26,11 @@ def remember(sha256s: Iterable[str]) -> None:
 def known(sha256: str) -> bool:
     """Whether a plan of this hash was built here."""
     return sha256 in records.load(_RECORD)
+
+
+def is_foreign(name: str, sha256: str) -> bool:
+    """Whether a bundle's file is a plan that was not built here."""
+    return name.endswith(PLAN) and not known(sha256)
 
 
 def read(path: Path, sha256: str, *, trusted: bool = False) -> bytes:

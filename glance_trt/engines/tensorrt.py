@@ -22,6 +22,7 @@ from glance_trt.engines.targets import Ranges, Target
 from glance_trt.errors import OutputError, TargetError
 from glance_trt.progress import Progress, silent
 from glance_trt.requirements import PACKAGES, is_installed, load, this_platform
+from glance_trt.trust import PLAN
 from glance_trt.worker import RemoteError, Worker
 
 
@@ -68,7 +69,7 @@ def build(
 
 def file_name(target: Target, graph: str) -> str:
     """Of the plan of a graph."""
-    return f"{target.name}.{graph}.plan"
+    return f"{target.name}.{graph}{PLAN}"
 
 
 def unavailable(target: Target) -> str | None:

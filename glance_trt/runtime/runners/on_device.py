@@ -10,10 +10,11 @@ on the host.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -193,15 +194,12 @@ class DeviceRunner:
 
     def run(self, graph: str, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """See `Runner.run`."""
-        with self._lock:
-            self._device.activate()
-            if self._one_at_a_time:
-                self._drop_all_but({graph})
-            outputs = self._engine(graph).outputs
-        call = Call(graph, tuple((port, f"in.{port}") for port in inputs), tuple((p, f"out.{p}") for p in outputs))
         values = {f"in.{port}": np.asarray(value) for port, value in inputs.items()}
-        found = self.chain([call], values, [f"out.{port}" for port in outputs]).values
-        return {port: found[f"out.{port}"] for port in outputs}
+        with self._turn({graph}):
+            outputs = {port: f"out.{port}" for port in self._engine(graph).outputs}
+            call = Call(graph, tuple((port, f"in.{port}") for port in inputs), tuple(outputs.items()))
+            found = self._run((call,), values, tuple(outputs.values()), on_device=False).values
+        return {port: found[name] for port, name in outputs.items()}
 
     def chain(
         self, calls: Sequence[Call], values: Mapping[str, Any], wanted: Sequence[str], *, on_device: bool = False
@@ -211,13 +209,8 @@ class DeviceRunner:
         Values may be arrays of the host, or of the device, in any form that speaks DLPack. on_device: leave the results
         there, as `DeviceArray`s that are ready when the stream comes to what is enqueued next; without times.
         """
-        with self._lock:
-            self._device.activate()
-            if self._one_at_a_time:
-                self._drop_all_but({call.graph for call in calls})
-            inputs = {name: self._input(values[name]) for name in needed(calls)}
-            program = self._program(tuple(calls), inputs, tuple(wanted), on_device)
-            return program.execute(inputs)
+        with self._turn({call.graph for call in calls}):
+            return self._run(tuple(calls), values, tuple(wanted), on_device)
 
     def close(self) -> None:
         """See `Runner.close`."""
@@ -240,6 +233,21 @@ class DeviceRunner:
                 self._scratch.close()
             self._scratch, self._scratch_size = self._device.allocate(nbytes), nbytes
         return self._scratch.address if self._scratch else 0
+
+    @contextlib.contextmanager
+    def _turn(self, graphs: set[str]) -> Iterator[None]:
+        """The only one to use the device meanwhile, for these graphs."""
+        with self._lock:
+            self._device.activate()
+            if self._one_at_a_time:
+                self._drop_all_but(graphs)
+            yield
+
+    def _run(
+        self, calls: tuple[Call, ...], values: Mapping[str, Any], wanted: tuple[str, ...], on_device: bool
+    ) -> Chained:
+        inputs = {name: self._input(values[name]) for name in needed(calls)}
+        return self._program(calls, inputs, wanted, on_device).execute(inputs)
 
     def _input(self, value: Any) -> NDArray[Any] | DeviceArray:
         if isinstance(value, (np.ndarray, np.generic)):

@@ -7,7 +7,6 @@ are shared by all sessions and processes over the same file.
 
 from __future__ import annotations
 
-import platform
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glance_trt.errors import BundleError, InputError, TargetError
+from glance_trt.requirements import architecture
 from glance_trt.runtime.chain import Call, Chained, in_turn
 
-_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -176,8 +175,7 @@ def _array(value: Any) -> NDArray[Any]:
 
 def _cpu() -> str:
     """Such as ``x86_64-avx512``."""
-    machine = platform.machine().lower()
-    machine = _MACHINES.get(machine, machine)
+    machine = architecture()
     if machine != "x86_64":
         return machine
     simd = cast(dict[str, Any], np.show_config(mode="dicts"))["SIMD Extensions"]

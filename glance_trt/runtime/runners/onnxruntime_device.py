@@ -17,14 +17,6 @@ from glance_trt.errors import BundleError, InputError, TargetError
 from glance_trt.runtime.runners.on_device import Spec
 from glance_trt.runtime.runners.onnxruntime import DTYPES, fits, import_onnxruntime, shown
 
-DEVICES = {
-    "CPUExecutionProvider": "cpu",
-    "CUDAExecutionProvider": "cuda",
-    "TensorrtExecutionProvider": "cuda",
-    "NvTensorRTRTXExecutionProvider": "cuda",
-}
-"""ONNX Runtime's name of the device, by its name of the provider."""
-
 _EXACT = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 """float32 means float32, as in plans."""
 _FACTOR = re.compile(r"(?:(\d+)\*)?(\w+)")
@@ -33,14 +25,14 @@ _FACTOR = re.compile(r"(?:(\d+)\*)?(\w+)")
 class OnnxRuntimeEngine:
     """See `Engine`.
 
-    path: an ``.onnx`` file, beside its weights. name: the graph's, for errors. provider: a key of `DEVICES`. ordinal
-    and stream: of the device, and the CUDA stream that it runs in. Raises `TargetError` where the provider does not
-    start, and `BundleError` where ONNX Runtime cannot load the graph.
+    path: an ``.onnx`` file, beside its weights. name: the graph's, for errors. provider: by ONNX Runtime's name.
+    ordinal and stream: of the device, and the CUDA stream that it runs in. Raises `TargetError` where the provider does
+    not start, and `BundleError` where ONNX Runtime cannot load the graph.
     """
 
     def __init__(self, path: Path, *, name: str, provider: str, ordinal: int = 0, stream: int = 0) -> None:
         ort = import_onnxruntime()
-        self._name, self._file, self._device, self._ordinal = name, path.name, DEVICES[provider], ordinal
+        self._name, self._file, self._device, self._ordinal = name, path.name, _device(provider), ordinal
         if self._device == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN that pip has installed
         options = ort.SessionOptions()
@@ -114,6 +106,11 @@ class OnnxRuntimeBinding:
 
     def close(self) -> None:
         """See `Binding.close`."""
+
+
+def _device(provider: str) -> str:
+    """ONNX Runtime's name of what a provider's addresses are of."""
+    return "cpu" if provider == "CPUExecutionProvider" else "cuda"
 
 
 def _split(dim: int | str) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -299,7 +300,7 @@ def test_cpu_is_named_by_the_vectors_that_weights_are_laid_out_for(
     machine: str, features: list[str], cpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     simd = {"baseline": ["X86_V2"], "found": features, "not found": []}
-    monkeypatch.setattr(runners.platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(runners.np, "show_config", lambda mode: {"SIMD Extensions": simd})
     assert requirements()["cpu"] == cpu
 
