@@ -87,7 +87,10 @@ def make(work: Path, channels: tuple[int, ...]) -> dict[str, Any]:
     model = work / RECIPE.model
     unet.save_config(model / "unet")
     configs = {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline",
+            "text_encoder": ["transformers", "CLIPTextModel"],
+        },
         "text_encoder/config.json": {"hidden_size": 768, "max_position_embeddings": 77},
         "vae/config.json": {"block_out_channels": [128, 256, 512, 512]},
     }
@@ -118,9 +121,9 @@ def make(work: Path, channels: tuple[int, ...]) -> dict[str, Any]:
 def export(work: Path) -> dict[str, Any]:
     """Both phases: weights files, and graphs in each dtype that an engine needs."""
     from glance_trt.export import fuse, lora, trace, weights
-    from glance_trt.export.families import open_model
+    from glance_trt.export.families import from_recipe
 
-    source = open_model(work / RECIPE.model, RECIPE).sources()["denoiser"]
+    source = from_recipe(RECIPE, work).sources()["denoiser"]
     tensors = weights.component_tensors(work / RECIPE.model / "unet")
     loras = {phase.name: lora.read(work / phase.lora.file, tensors) for phase in RECIPE.phases if phase.lora}
     graphs = {dtype: trace.trace(source, dtype) for dtype in DTYPES.values()}
@@ -137,10 +140,10 @@ def export(work: Path) -> dict[str, Any]:
 def plan(work: Path, phase: str) -> dict[str, Any]:
     """The TensorRT-RTX plan of one phase."""
     from glance_trt.engines import tensorrt
-    from glance_trt.export.families import open_model
+    from glance_trt.export.families import from_recipe
 
     target = targets.load("rtx")
-    source = open_model(work / RECIPE.model, RECIPE).sources()["denoiser"]
+    source = from_recipe(RECIPE, work).sources()["denoiser"]
     sizes = {"8*h": RECIPE.height // 8, "8*w": RECIPE.width // 8}
     (profile,) = target.profiles
     ranges = {

@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 import random_models
 
-from glance_trt import recipe
+from glance_trt import gpu, recipe
 from glance_trt.bundle import Bundle
 from glance_trt.engines import backends, targets
-from glance_trt.errors import GlanceError
+from glance_trt.errors import GlanceError, TargetError
 from glance_trt.runtime.pipeline import Pipeline
 
 REPOSITORY = Path(__file__).parent.parent
@@ -150,10 +150,10 @@ def _modules(bundle: Path, dtype: str, device: str, names: list[str] | None = No
     import torch
     from safetensors.torch import load_file
 
-    from glance_trt.export.families import open_model, source_of
+    from glance_trt.export.families import from_recipe, source_of
 
     plan, folder = recipe.load(str(bundle.with_suffix(".yaml")))
-    sources, manifest = open_model(folder / plan.model, plan).sources(), Bundle.open(bundle).manifest
+    sources, manifest = from_recipe(plan, folder).sources(), Bundle.open(bundle).manifest
     modules = {}
     for graph, item in manifest.graphs.items():
         if graph == "text_encoder" or graph not in (names or manifest.graphs):
@@ -238,15 +238,16 @@ def _build(name: str, device: str, sides: list[str], work: Path) -> tuple[Path, 
 
     from glance_trt.build import build
 
-    problems, files = {}, {}
+    problems: dict[str, str] = {}
+    files: dict[str, str] = {}
     for side in sides:
         shipped, dtype = side.split(".")
         content = yaml.safe_load((REPOSITORY / f"engines/{shipped}.yaml").read_text())
-        file = work / f"{side}.target.yaml"
-        file.write_text(yaml.safe_dump(content | {"name": side, "dtype": dtype}))
-        reason = backends.unavailable(targets.load(str(file)))
+        target = work / f"{side}.target.yaml"
+        target.write_text(yaml.safe_dump(content | {"name": side, "dtype": dtype}))
+        reason = backends.unavailable(targets.load(str(target)))
         problems |= {side: reason} if reason else {}
-        files |= {} if reason else {side: str(file)}
+        files |= {} if reason else {side: str(target)}
     source = work / f"{name}.yaml"
     if name == "shapes":
         content = yaml.safe_load((REPOSITORY / "export/shapes.yaml").read_text())
@@ -314,6 +315,11 @@ def main() -> None:
         }
         print(json.dumps(sides[kind]()))
         return
+    if options.device == "cuda":
+        try:
+            gpu.compute_capability()
+        except TargetError as error:
+            sys.exit(f"{error}; a trial of this script without a GPU: --models tiny --device cpu")
     with tempfile.TemporaryDirectory(prefix="glance-bench-") as folder:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ PROMPT = "a photograph"
 class Stages:
     """Medians of one batch size; milliseconds, wall clock, unless the name says otherwise.
 
-    text_encoder is for one prompt and decoder for the whole batch. step is by phase, and includes overhead_us: the
-    microseconds per step that the pipeline spends outside its runner.
+    text_encoder is all text encoders, for one prompt, and decoder for the whole batch. step is by phase, and includes
+    overhead_us: the microseconds per step that the pipeline spends outside its runner.
     """
 
     batch: int
@@ -153,7 +153,7 @@ def time_stages(pipeline: Pipeline, prompt: str, batch: int, runs: int, progress
             if i == 0:
                 continue
             engines = [seconds * 1e3 for graph, seconds in watch.seconds if graph.startswith("denoiser.")]
-            encoder += [seconds * 1e3 for graph, seconds in watch.seconds if graph == "text_encoder"]
+            encoder.append(sum(seconds * 1e3 for graph, seconds in watch.seconds if graph.startswith("text_encoder")))
             decoder += [seconds * 1e3 for graph, seconds in watch.seconds if graph == "decoder"]
             for result, engine in zip(results, engines, strict=True):
                 steps.setdefault(result.phase, []).append(result.milliseconds)

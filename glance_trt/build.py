@@ -11,10 +11,10 @@ import io
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from glance_trt import bundle as format_
 from glance_trt import hashing, preflight, recipe, schedule, strict
@@ -24,8 +24,10 @@ from glance_trt.engines import backends, targets
 from glance_trt.engines.targets import Profile, Target
 from glance_trt.errors import BundleError, OutputError, RecipeError
 from glance_trt.export import inputs as inputs_
-from glance_trt.export.compare import Taken, compare
+from glance_trt.export import model as models
+from glance_trt.export.compare import Taken, comparable, compare
 from glance_trt.export.exporter import Exported, export
+from glance_trt.export.families import Family
 from glance_trt.export.inputs import Inputs
 from glance_trt.export.parity import LIMIT
 from glance_trt.progress import Progress, silent
@@ -57,13 +59,15 @@ def build(
     output: Path,
     *,
     engines: Sequence[str] = (),
+    lora_scales: Mapping[str | None, float] | None = None,
     overwrite: bool = False,
     check_resources: bool = True,
     progress: Progress = silent,
 ) -> Report:
     """Build the bundle of a recipe (a YAML file, or the name of a shipped one) at `output`.
 
-    engines: targets to build for, instead of the recipe's. check_resources: refuse to begin where disk or memory cannot
+    engines: targets to build for, instead of the recipe's. lora_scales: by phase, or under None for all of them, the
+    scales to fuse the LoRAs at, instead of the recipe's. check_resources: refuse to begin where disk or memory cannot
     suffice. An interrupted build goes on where it stopped; a bundle already at `output` is returned as it is if it is
     what the recipe makes, and replaced only with `overwrite`, taking over what did not change. Of several builds of one
     output at a time, one works and the others wait for it. Raises `GlanceError`s of every kind; then nothing is left at
@@ -74,6 +78,8 @@ def build(
     check_buildable(wanted)
     with writing(output), recipe.naming(recipe_name):
         _check_phase_names(plan)
+        plan = _scaled(plan, lora_scales or {})
+        models.find(plan, folder, progress)  # downloads, if need be; from here on it is there
         work = _Build(inputs_.read(plan, folder), wanted, output, progress)
         with contextlib.suppress(BundleError, OSError):  # looked at closely below
             if work.is_current(bundle := Bundle.open(output)):
@@ -117,7 +123,7 @@ class _Build:
         self.inputs, self.targets, self.output, self.progress = inputs, wanted, output, progress
         self.plan, self.family = inputs.recipe, inputs.family
         self.image = self.family.image()
-        self.schedules = {"default": table(self.family.scheduler_config(), self.plan)}
+        self.schedules = schedules(self.family, self.plan)
         self.notes = inputs.notes(self.schedules["default"])
         self.requires = {target.name: backends.requires(target) for target in wanted}
         self.key = self._key()
@@ -149,8 +155,17 @@ class _Build:
     def run(self, previous: Bundle | None) -> Report:
         """Make what is not there yet, and put the bundle in its place."""
         dtypes = [target.dtype for target in self.targets]
+        runnable = any(unrunnable(target.backend, self.requires[target.name]) is None for target in self.targets)
         with self._timed("fuse and export"), Worker("fuse and export") as worker:
-            exported = worker.call(export, self.inputs, self.output, previous, dtypes, progress=self.progress)
+            exported = worker.call(
+                export,
+                self.inputs,
+                self.output,
+                previous,
+                dtypes,
+                comparable=not runnable,
+                progress=self.progress,
+            )
         staging = Staging(self.output, previous)
         engines: dict[str, EngineSet] = {}
         for target in self.targets:
@@ -168,7 +183,7 @@ class _Build:
 
     def _key(self) -> str:
         """The key of the whole bundle, for which nothing heavy is imported."""
-        made = [strict.write(part) for part in (self.schedules["default"], self.image)]
+        made = [strict.write(part) for part in (*self.schedules.values(), self.image)]
         made_for = [(strict.write(target), self._dtypes(target), self.requires[target.name]) for target in self.targets]
         return key_of(self.inputs.key(), made, made_for)
 
@@ -187,24 +202,24 @@ class _Build:
             if reason:
                 self.not_compared[target.name] = reason
             else:
-                parity[target.name] = self._compared(folder, engines[target.name], target)
+                parity[target.name] = self._compared(
+                    folder, engines[target.name], self._dtypes(target), self._taken(target)
+                )
         if not parity:
-            dtypes = self._dtypes(self.targets[0])
+            dtypes = {name: comparable(graph.files) for name, graph in graphs.items()}
             files = {name: graph.files[dtypes[name]] for name, graph in graphs.items()}
-            parity["portable graphs"] = self._compared(folder, files, self.targets[0])
+            parity["portable graphs"] = self._compared(folder, files, dtypes)
         return parity
 
-    def _compared(self, folder: Path, engines: EngineSet | Mapping[str, str], target: Target) -> Sequence[Any]:
+    def _compared(
+        self,
+        folder: Path,
+        engines: EngineSet | Mapping[str, str],
+        dtypes: Mapping[str, str],
+        taken: Taken | None = None,
+    ) -> Sequence[Any]:
         with Worker("parity") as worker:
-            return worker.call(
-                compare,
-                self.inputs,
-                folder,
-                engines,
-                self._dtypes(target),
-                taken=self._taken(target) if isinstance(engines, EngineSet) else None,
-                progress=self.progress,
-            )
+            return worker.call(compare, self.inputs, folder, engines, dtypes, taken=taken, progress=self.progress)
 
     def _taken(self, target: Target) -> Taken | None:
         """What the plans of a target take: the fewest and the most images, at the usual size."""
@@ -220,7 +235,8 @@ class _Build:
     def _report(self, bundle: Bundle, parity: Mapping[str, Sequence[Any]]) -> Path:
         """Write the page that shows what was done, beside the bundle."""
         config, knots = self.family.scheduler_config(), [i - 1 for phase in self.plan.phases for i in phase.steps]
-        levels = schedule.teacher_grid(config, self.plan.teacher_steps).levels[[*knots, -1]]
+        tokens = self.family.image_tokens(self.plan.height, self.plan.width)
+        levels = schedule.teacher_grid(config, self.plan.teacher_steps, tokens).levels[[*knots, -1]]
         samples: list[Sample] = []
         if self.plan.examples and len(self.not_compared) < len(self.targets):
             with self._timed("examples"), Worker("examples") as worker:
@@ -247,7 +263,7 @@ class _Build:
         )
         files = portable_files(exported.tokenizers, exported.graphs)
         files += [file for item in engines.values() for file in item.files()]
-        model, guidance = self.inputs.model.resolve().name, self.plan.guidance
+        model, guidance = self.family.model.name, self.plan.guidance
         return Manifest(
             format=format_.FORMAT,
             name=self.plan.name,
@@ -294,9 +310,46 @@ def _check_phase_names(plan: Recipe) -> None:
         taken.add(name.lower())
 
 
-def table(config: Mapping[str, Any], plan: Recipe) -> format_.Schedule:
-    """A recipe's schedule for a model with this scheduler config, as a bundle holds it. Raises `RecipeError`."""
+def _scaled(plan: Recipe, scales: Mapping[str | None, float]) -> Recipe:
+    """A recipe with other scales for its LoRAs. Raises `RecipeError` where a phase has none."""
+    with_lora = [phase.name for phase in plan.phases if phase.lora]
+    for name in scales:
+        if not with_lora or name not in (None, *with_lora):
+            what = "has no LoRA" if name is None else f"has no phase {name!r} with a LoRA"
+            raise RecipeError(f"--lora-scale: the recipe {what} (with one: {', '.join(with_lora) or 'none'})")
+    phases = tuple(
+        replace(
+            item, lora=item.lora and replace(item.lora, scale=scales.get(item.name, scales.get(None, item.lora.scale)))
+        )
+        for item in plan.phases
+    )
+    return replace(plan, phases=phases)
+
+
+def schedules(family: Family, plan: Recipe) -> dict[str, format_.Schedule]:
+    """A recipe's schedules, as a bundle holds them: ``default``, and where they depend on the image's size, one for
+    each further size, named ``<height>x<width>``. Raises `RecipeError`."""
+    config = family.scheduler_config()
+    usual = (plan.height, plan.width)
+    default = _table(config, plan, family.image_tokens(*usual))
+    if not config.get("use_dynamic_shifting"):
+        return {"default": default}
+    found = {"default": replace(default, sizes=(usual,))}
+    for height, width in plan.sizes:
+        compiled = _table(config, plan, family.image_tokens(height, width))
+        found[f"{height}x{width}"] = replace(compiled, sizes=((height, width),))
+    return found
+
+
+def _table(config: Mapping[str, Any], plan: Recipe, image_tokens: int | None) -> format_.Schedule:
     phases = [(phase.name, phase.steps) for phase in plan.phases]
-    compiled = schedule.compile_schedule(config, phases, teacher_steps=plan.teacher_steps, sampler=plan.sampler)
-    steps = tuple(format_.Step(step.phase, step.timestep, (step.c_in, step.a, step.b)) for step in compiled.steps)
-    return format_.Schedule(steps, initial_noise_scale=compiled.initial_noise_scale)
+    compiled = schedule.compile_schedule(
+        config, phases, teacher_steps=plan.teacher_steps, sampler=plan.sampler, image_tokens=image_tokens
+    )
+    steps = tuple(
+        format_.Step(step.phase, step.timestep, (step.c_in, step.a, step.b), step.mix if plan.from_image else ())
+        for step in compiled.steps
+    )
+    # diffusers' pipelines from images round the number of steps down for diffusion, and up for flow matching.
+    rounding: Literal["up", "down"] = "up" if str(config.get("_class_name")).startswith("FlowMatch") else "down"
+    return format_.Schedule(steps, initial_noise_scale=compiled.initial_noise_scale, strength_rounding=rounding)

@@ -164,7 +164,8 @@ def _dtypes(bundle: Bundle, target: Target) -> dict[str, DType]:
     if target.dtype not in known:
         raise TargetError(
             f"{bundle.directory}: its graphs are in {', '.join(known)}, and target {target.name} computes in "
-            f"{target.dtype}; build the bundle from its recipe for this target too, or change the target's dtype"
+            f"{target.dtype}; build the bundle from its recipe for a target of that dtype too (glance-trt build RECIPE "
+            "--engine cuda makes graphs in float16), or change the target's dtype"
         )
     others = {name: cast(DType, next(iter(graph.files))) for name, graph in graphs.items()}
     return {name: target.dtype if target.dtype in graph.files else others[name] for name, graph in graphs.items()}

@@ -24,7 +24,7 @@ class Finding:
 
 _EXTRAS = {
     "export": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"),
-    "distill": ("torch", "diffusers", "transformers", "peft", "accelerate"),
+    "distill": ("torch", "diffusers", "transformers", "peft", "accelerate", "matplotlib"),
 }
 
 
@@ -48,7 +48,7 @@ def _running(target: Target) -> Finding:
         built_for = backends.requires(target)
     except TargetError:  # it cannot be built here: engines that another machine built may need other versions
         built_for = backends.needs(target)
-    return Finding(what, True, f"engines built for {', '.join(f'{key} {value}' for key, value in built_for.items())}")
+    return Finding(what, True, f"engines that need {', '.join(f'{key} {value}' for key, value in built_for.items())}")
 
 
 def _gpu() -> Finding:
@@ -60,7 +60,7 @@ def _gpu() -> Finding:
 
 def _extra(name: str, modules: tuple[str, ...]) -> Finding:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    detail = f"missing: {', '.join(missing)}; pip install glance-trt[{name}]" if missing else "installed"
+    detail = f"missing: {', '.join(missing)}; pip install 'glance-trt[{name}]'" if missing else "installed"
     return Finding(f"extra {name}", not missing, detail)
 
 
@@ -72,10 +72,10 @@ def _onnxruntime() -> Finding:
             "ONNX Runtime",
             False,
             f"{' and '.join(installed)} overwrite each other's files; uninstall them, then pip install one of "
-            "glance-trt[cpu], glance-trt[gpu]",
+            "them again",
         )
     if not installed:
-        return Finding("ONNX Runtime", False, "missing; pip install glance-trt[cpu]")
+        return Finding("ONNX Runtime", False, "missing; pip install onnxruntime")
     name, version = next(iter(installed.items()))
     try:
         import onnxruntime

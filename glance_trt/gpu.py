@@ -17,7 +17,7 @@ def compute_capability(ordinal: int = 0) -> str:
     try:
         cuda = ctypes.CDLL(_LIBRARY)
     except OSError:
-        raise TargetError(f"there is no NVIDIA driver here ({_LIBRARY} cannot be loaded)") from None
+        raise TargetError(f"there is no NVIDIA driver here ({_LIBRARY} is not found)") from None
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     code = (
         cuda.cuInit(0)

@@ -7,6 +7,7 @@ whoever uses it need not check again.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +18,8 @@ from glance_trt.schema import EngineSet, FileEntry, Graph, Guidance, Image, Prov
 
 FORMAT = 1
 MANIFEST = "bundle.json"
+TEXT_ENCODER = re.compile(r"text_encoder(_\d)?")
+"""What the graph of a text encoder is called."""
 
 T = TypeVar("T")
 
@@ -48,11 +51,13 @@ class Manifest:
         for name in ("text_encoder", "decoder"):
             if name not in self.graphs:
                 raise strict.Mismatch(f"graphs.{name}: missing")
+        limits.check_distinct("graphs: outputs of text encoders", self.conditions())
         if not self.schedules:
             raise strict.Mismatch("schedules: empty")
         for name, schedule in self.schedules.items():
             for i, step in enumerate(schedule.steps):
                 self._check_step(f"schedules.{name}.steps[{i}]", step)
+        self._check_sizes()
         for target, engines in self.engines.items():
             for graph_name in sorted(self.graphs.keys() ^ engines.graphs.keys()):
                 fault = "missing" if graph_name in self.graphs else "no such graph"
@@ -64,30 +69,67 @@ class Manifest:
 
     def _check_sources(self, name: str, graph: Graph) -> None:
         """Everything that the graph is fed exists by the time it runs."""
-        if name == "text_encoder":
-            known = [f"tokens.{tokenizer}" for tokenizer in self.tokenizers]
+        if TEXT_ENCODER.fullmatch(name):
+            known = [f"{kind}.{tokenizer}" for tokenizer in self.tokenizers for kind in ("tokens", "mask")]
         elif name == "decoder":
             known = ["latents"]
+        elif name == "encoder":
+            known = ["image", "noise"]
         elif name.startswith("denoiser."):
             known = ["latents", "table.timestep", "table.coefficients", "guidance_scale"]
-            if encoder := self.graphs.get("text_encoder"):
-                known += [f"{kind}.{port.name}" for kind in ("condition", "negative") for port in encoder.outputs]
+            known += [f"{kind}.{output}" for output in self.conditions() for kind in ("condition", "negative")]
         else:
-            raise strict.Mismatch(f"graphs.{name}: expected text_encoder, decoder or denoiser.<phase>")
+            raise strict.Mismatch(
+                f"graphs.{name}: expected text_encoder, text_encoder_<number>, encoder, decoder or denoiser.<phase>"
+            )
         for i, port in enumerate(graph.inputs):
             if port.source not in known:
                 raise strict.Mismatch(
                     f"graphs.{name}.inputs[{i}].source: got {strict.shown(port.source)}, expected one of "
                     f"{', '.join(known) or 'none, for there is no tokenizer'}"
                 )
+            if port.dtype != (dtype := self._dtype(port.source)):
+                raise strict.Mismatch(f"graphs.{name}.inputs[{i}].dtype: {port.source} is {dtype}, got {port.dtype}")
         sources = {port.source.partition(".")[0] for port in graph.inputs}
         if "negative" in sources and "guidance_scale" not in sources:
             raise strict.Mismatch(f"graphs.{name}.inputs: a negative condition, but no guidance_scale")
+        if name == "encoder" and "image" not in sources:
+            raise strict.Mismatch(f"graphs.{name}.inputs: none is the image")
+
+    def _dtype(self, source: str) -> str:
+        """What a runtime feeds an input of that source with."""
+        kind, _, output = source.partition(".")
+        if kind in ("condition", "negative"):
+            ports = [port for name in self.text_encoders() for port in self.graphs[name].outputs]
+            return next(port.dtype for port in ports if port.name == output)
+        return {"tokens": "int64", "mask": "int64", "image": "uint8"}.get(kind, "float32")
+
+    def _check_sizes(self) -> None:
+        """Every size of images has a schedule, and every schedule's sizes are sizes of images."""
+        for name, schedule in self.schedules.items():
+            for i, size in enumerate(schedule.sizes):
+                if not self.image.takes(*size):
+                    raise strict.Mismatch(f"schedules.{name}.sizes[{i}]: {list(size)} is no size of image")
+        for size in ((self.image.height, self.image.width), *self.image.sizes):
+            if not any(schedule.fits(*size) for schedule in self.schedules.values()):
+                raise strict.Mismatch(f"schedules: none is for {list(size)}, a size of image")
+        if self.image.sides and all(schedule.sizes for schedule in self.schedules.values()):
+            raise strict.Mismatch("schedules: image.sides allows any size in a range, and none is for all sizes")
+
+    def conditions(self) -> list[str]:
+        """The names of what the text encoders put out, in order of the graphs."""
+        return [port.name for name in self.text_encoders() for port in self.graphs[name].outputs]
+
+    def text_encoders(self) -> list[str]:
+        """The names of the text encoders' graphs."""
+        return [name for name in self.graphs if TEXT_ENCODER.fullmatch(name)]
 
     def _check_step(self, path: str, step: Step) -> None:
         name = f"denoiser.{step.phase}"
         if name not in self.graphs:
             raise strict.Mismatch(f"{path}.phase: there is no graph {strict.shown(name)}")
+        if "encoder" in self.graphs and not step.mix:
+            raise strict.Mismatch(f"{path}.mix: missing; the graph encoder makes it possible to start from an image")
         for port in self.graphs[name].inputs:
             if port.source == "table.coefficients" and port.shape != (len(step.coefficients),):
                 raise strict.Mismatch(

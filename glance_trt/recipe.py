@@ -47,7 +47,7 @@ class Phase:
 class Guidance:
     """How guidance is computed. ``cfg``: two evaluations per step, mixed by `scale`, optionally rescaled
     (arXiv 2305.08891, section 3.4); ``none``: one evaluation, without guidance or with a fixed one that a LoRA has
-    learned; ``embedded``: one evaluation, in which each phase's guide takes the scale."""
+    learned; ``embedded``: one evaluation, in which each phase's guide takes the scale, or the model itself does."""
 
     mode: Literal["none", "cfg", "embedded"] = "cfg"
     scale: float = 5.0
@@ -107,6 +107,8 @@ class Distill:
         given = [key for key in ("prompt", "prompts", "images") if getattr(self, key) is not None]
         if len(given) != 1:
             raise strict.Mismatch(f"expected one of prompt, prompts and images, got {', '.join(given) or 'none'}")
+        if self.prompt is not None and not self.prompt.strip():
+            raise strict.Mismatch("prompt: empty; say what the image shows")
         if self.image is not None and self.prompt is None:
             raise strict.Mismatch("image: belongs to a prompt; several images go into a folder, named by images")
         if self.method == "trajectory" and (self.image is not None or self.images is not None):
@@ -136,9 +138,26 @@ class Recipe:
 
     name: str
     model: str
+    """A folder in diffusers' layout, the id of one on the Hugging Face Hub, or a checkpoint in one file."""
     phases: tuple[Phase, ...]
     height: int
     width: int
+    revision: str | None = None
+    """Of a model on the Hub: a branch, a tag or a commit; nothing: the newest."""
+    config: str | None = None
+    """Of a model in one file: a folder in diffusers' layout, or the id of one on the Hub, with its configurations."""
+    sizes: tuple[tuple[int, ...], ...] = ()
+    """Further image sizes, each [height, width]."""
+    sides: tuple[int, ...] = ()
+    """The lowest and the highest of further heights and widths, for models whose schedule is the same at every size."""
+    prompt_tokens: int | None = None
+    """The most tokens of a prompt, for text encoders that leave it open, such as T5; nothing: as diffusers has it."""
+    decoder: str | None = None
+    """An AutoencoderTiny to decode with, instead of the model's own VAE."""
+    tile: int | None = None
+    """Decode images that are larger, pixels, in overlapping tiles of this size."""
+    from_image: bool = False
+    """Whether images can be made from others: puts the VAE's encoder into the bundle."""
     teacher_steps: int = 50
     sampler: Sampler = "consistent"
     scheduler: str | None = None
@@ -160,12 +179,20 @@ class Recipe:
                 raise strict.Mismatch(f"phases[{i}].name: {strict.shown(phase.name)} is not 1 to 16 of A-Z a-z 0-9 _ -")
             if names.index(phase.name) != i:
                 raise strict.Mismatch(f"phases[{i}].name: {phase.name!r} stands twice")
-            if phase.guide is None and self.guidance.mode == "embedded":
-                raise strict.Mismatch(f"phases[{i}].guide: missing; guidance.mode embedded needs one in every phase")
             if phase.guide is not None and self.guidance.mode == "none":
                 raise strict.Mismatch(f"phases[{i}].guide: takes a guidance scale, and guidance.mode is none")
         limits.check_range("height", self.height, 1, limits.IMAGE_SIDE)
         limits.check_range("width", self.width, 1, limits.IMAGE_SIDE)
+        for i, size in enumerate(self.sizes):
+            if len(size) != 2:
+                raise strict.Mismatch(f"sizes[{i}]: expected [height, width], got {list(size)}")
+            for side in size:
+                limits.check_range(f"sizes[{i}]", side, 1, limits.IMAGE_SIDE)
+        if self.sides and not (len(self.sides) == 2 and 1 <= self.sides[0] <= self.sides[1] <= limits.IMAGE_SIDE):
+            raise strict.Mismatch(f"sides: expected the lowest and the highest one, got {list(self.sides)}")
+        for key, most in (("prompt_tokens", limits.PROMPT_TOKENS), ("tile", limits.IMAGE_SIDE)):
+            if (value := getattr(self, key)) is not None:
+                limits.check_range(key, value, 1, most)
         limits.check_range("teacher_steps", self.teacher_steps, 1, limits.SCHEDULE_STEPS)
         if not self.engines:
             raise strict.Mismatch("engines: a recipe needs at least one, such as cpu")
@@ -223,7 +250,8 @@ def read_yaml(schema: type[T], file: Path) -> T:
     except strict.Mismatch as error:
         raise RecipeError(f"{file}: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no such day as 2001-99-99
-        raise RecipeError(f"{file}: not valid YAML: {error}") from None
+        reason = str(error).replace('"<unicode string>"', file.name)
+        raise RecipeError(f"{file}: not valid YAML: {reason}") from None
 
 
 @functools.cache

@@ -123,7 +123,8 @@ def _check_gpu(requires: Mapping[str, str], device: int) -> None:
     try:
         capability = gpu.compute_capability(device)
     except TargetError as error:
-        raise TargetError(f"{error}; install it where an NVIDIA GPU is, or run a target for the CPU") from None
+        elsewhere = "run a target for the CPU, or go to a machine with an NVIDIA GPU and its driver"
+        raise TargetError(f"{error}; {elsewhere}") from None
     if not _holds(held := requires.get("compute_capability", capability), capability):
         raise TargetError(
             f"built for GPUs of compute capability {held.replace(' ', ', ')}, and this one has {capability}; build it "

@@ -38,6 +38,8 @@ class Step:
     c_in: float
     a: float
     b: float
+    mix: tuple[float, float]
+    """What an image's latents and what noise are multiplied with, to start at this step from an image."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,9 @@ class _DDIM(_Diffusion):
     def initial_noise_scale(self, level: float) -> float:
         return 1.0
 
+    def mix(self, level: float) -> tuple[float, float]:
+        return math.sqrt(level), math.sqrt(1 - level)
+
     def log_snr(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.log(levels) - np.log(1 - levels)
 
@@ -212,6 +217,9 @@ class _Euler(_Diffusion):
     def initial_noise_scale(self, level: float) -> float:
         return math.sqrt(level * level + 1) if self.timestep_spacing == "leading" else level
 
+    def mix(self, level: float) -> tuple[float, float]:
+        return 1.0, level
+
     def log_snr(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
         return -2 * np.log(levels)
 
@@ -234,16 +242,17 @@ class _FlowMatch:
     use_beta_sigmas: bool = False
     time_shift_type: Literal["exponential", "linear"] = "exponential"
     stochastic_sampling: bool = False
+    own_sigmas: bool = False
+    """No key of diffusers: see `teacher_grid`."""
 
     def grid(self, steps: int, image_tokens: int | None) -> Grid:
-        # Where the pipelines of FLUX and Qwen-Image start, which pass their own sigmas to set_timesteps.
-        sigmas: NDArray[Any] = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+        sigmas = self.own(steps) if self.own_sigmas else np.linspace(1.0, 1 / steps, steps).astype(np.float32)
         if self.use_dynamic_shifting:
             mu = self.mu(image_tokens)
             factor = math.exp(mu) if self.time_shift_type == "exponential" else mu
             sigmas = factor / (factor + (1 / sigmas - 1))
         else:
-            sigmas = self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+            sigmas = self.shifted(sigmas)
         if self.shift_terminal:
             rest = 1 - sigmas
             sigmas = 1 - rest / (rest[-1] / (1 - self.shift_terminal))
@@ -251,6 +260,18 @@ class _FlowMatch:
             sigmas = _karras_sigmas(float(sigmas[-1]), float(sigmas[0]), steps)
         sigmas = sigmas.astype(np.float32)
         return Grid(sigmas * np.float32(self.num_train_timesteps), np.append(sigmas, np.float32(0)))
+
+    def own(self, steps: int) -> NDArray[Any]:
+        """Sigmas before the shift, [steps] float64: between those of the first and the last timestep in training. These
+        two are float32 and, as diffusers has it, shifted already where the shift is a fixed one."""
+        count = self.num_train_timesteps
+        ends = np.array([count, 1], np.float32) / np.float32(count)
+        highest, lowest = ends if self.use_dynamic_shifting else self.shifted(ends)
+        return np.linspace(float(highest) * count, float(lowest) * count, steps) / count
+
+    def shifted(self, sigmas: NDArray[Any]) -> NDArray[Any]:
+        """By `shift`, in the precision of the sigmas."""
+        return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
 
     def mu(self, image_tokens: int | None) -> float:
         """The shift for an image of so many tokens: on the line through the base and the largest size."""
@@ -272,6 +293,9 @@ class _FlowMatch:
 
     def initial_noise_scale(self, level: float) -> float:
         return 1.0
+
+    def mix(self, level: float) -> tuple[float, float]:
+        return 1 - level, level
 
     def log_snr(self, levels: NDArray[np.float64]) -> NDArray[np.float64]:
         return 2 * (np.log(1 - levels) - np.log(levels))
@@ -305,9 +329,10 @@ def teacher_grid(config: Mapping[str, Any], steps: int, image_tokens: int | None
 
     `config` is a scheduler_config.json; its `_class_name` may have been replaced, in which case it is read as
     diffusers' `from_config` does: keys that the class does not know are ignored, missing ones take the class's
-    defaults. Flow matching starts from the sigmas that the pipelines of FLUX and Qwen-Image pass,
-    linspace(1, 1 / steps, steps), not from the scheduler's own; `image_tokens` is the length of the image's token
-    sequence, needed where use_dynamic_shifting is on.
+    defaults. Flow matching starts from the sigmas that the pipelines of FLUX and Qwen-Image pass to their scheduler,
+    linspace(1, 1 / steps, steps); with the key ``own_sigmas``, which diffusers does not know, from those that the
+    scheduler makes itself, as the pipeline of Stable Diffusion 3 lets it. `image_tokens` is the length of the image's
+    token sequence, needed where use_dynamic_shifting is on.
 
     Raises `RecipeError` for a class or an option that is not supported, naming it.
     """
@@ -396,7 +421,8 @@ def compile_schedule(
     steps = []
     for (phase, _), timestep, level, target in zip(knots, timesteps, levels, targets, strict=True):
         update = scheduler.update(float(level), float(target))
-        steps.append(Step(phase, float(timestep), *(float(np.float32(value)) for value in update)))
+        c_in, a, b, signal, noise = (float(np.float32(value)) for value in (*update, *scheduler.mix(float(level))))
+        steps.append(Step(phase, float(timestep), c_in, a, b, (signal, noise)))
     return Schedule(tuple(steps), float(np.float32(scheduler.initial_noise_scale(float(levels[0])))))
 
 

@@ -15,6 +15,9 @@ from glance_trt import limits, strict
 DType = Literal["float32", "float16", "bfloat16", "int64", "uint8"]
 GuidanceMode = Literal["none", "cfg", "embedded"]
 
+PROMPT = "{}"
+"""Where a prompt goes in a tokenizer's template."""
+
 _COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 _DIMENSION = re.compile(r"[!-~]{1,64}")
 
@@ -36,8 +39,9 @@ class FileEntry:
 class Port:
     """An input or output tensor of a graph. A dimension is a number, or the name of one that may vary.
 
-    `source` says what the runtime feeds an input with: ``tokens.<tokenizer>``, ``condition.<output>``,
-    ``negative.<output>``, ``latents``, ``table.timestep``, ``table.coefficients`` or ``guidance_scale``.
+    `source` says what the runtime feeds an input with: ``tokens.<tokenizer>``, ``mask.<tokenizer>``,
+    ``condition.<output>``, ``negative.<output>``, ``latents``, ``table.timestep``, ``table.coefficients``,
+    ``guidance_scale``, ``image`` or ``noise``.
     """
 
     name: str
@@ -117,38 +121,57 @@ class EngineSet:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A ``tokenizer.json`` of the tokenizers library, and how its output is cut and padded."""
+    """A ``tokenizer.json`` of the tokenizers library, what a prompt is put into before, and how the tokens are cut and
+    padded."""
 
     file: str
     max_length: int
     pad_token_id: int
+    template: str = PROMPT
 
     def __post_init__(self) -> None:
         limits.check_range("max_length", self.max_length, 1, limits.PROMPT_TOKENS)
         limits.check_range("pad_token_id", self.pad_token_id, 0, limits.INT32)
+        if self.template.count(PROMPT) != 1:
+            raise strict.Mismatch(f"template: {strict.shown(self.template)} does not hold {PROMPT} once")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step: the phase whose graph runs, the timestep it is told, and its coefficients."""
+    """One denoising step: the phase whose graph runs, the timestep it is told, and its coefficients.
+
+    mix: what an image's latents and what noise are multiplied with where a run starts at this step from an image; empty
+    in bundles that start from noise alone.
+    """
 
     phase: str
     timestep: float
     coefficients: tuple[float, ...]
+    mix: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         limits.check_float32("timestep", self.timestep)
         for i, value in enumerate(self.coefficients):
             limits.check_float32(f"coefficients[{i}]", value)
+        if len(self.mix) not in (0, 2):
+            raise strict.Mismatch(f"mix: expected two numbers, got {len(self.mix)}")
+        for i, value in enumerate(self.mix):
+            limits.check_float32(f"mix[{i}]", value)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A table of steps. Starting noise is multiplied by `initial_noise_scale`."""
+    """A table of steps. Starting noise is multiplied by `initial_noise_scale`.
+
+    sizes: the (height, width) of the images that it is for; empty where it is for all. strength_rounding: which way the
+    number of its steps is rounded that run from an image; model families differ in it.
+    """
 
     steps: tuple[Step, ...]
     coefficients: tuple[str, ...] = ("c_in", "a", "b")
     initial_noise_scale: float = 1.0
+    sizes: tuple[tuple[int, ...], ...] = ()
+    strength_rounding: Literal["down", "up"] = "down"
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -164,32 +187,83 @@ class Schedule:
                     f"({', '.join(self.coefficients)}), got {len(step.coefficients)}"
                 )
         limits.check_float32("initial_noise_scale", self.initial_noise_scale)
+        _check_sizes(self.sizes)
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether it is for images of this size."""
+        return not self.sizes or (height, width) in self.sizes
 
 
 @dataclass(frozen=True)
 class Image:
-    """The size of the images, pixels, and the latents they are decoded from."""
+    """The sizes of the images, pixels, and the latents they are decoded from.
+
+    height, width: what an image has unless another size is asked for. sizes: further (height, width). sides: lowest,
+    highest and multiple; any height and width of that range will do as well. tile: side and overlap; what is larger
+    than the side is decoded in overlapping tiles. Empty where there are none.
+    """
 
     height: int
     width: int
     latent_channels: int
     latent_scale: int
     """Pixels per latent, along each side."""
+    sizes: tuple[tuple[int, ...], ...] = ()
+    sides: tuple[int, ...] = ()
+    tile: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("height", "width", "latent_channels", "latent_scale"):
             limits.check_range(key, getattr(self, key), 1, limits.IMAGE_SIDE)
         for key in ("height", "width"):
-            if getattr(self, key) % self.latent_scale:
+            self._check_side(key, getattr(self, key))
+        _check_sizes(self.sizes)
+        for i, size in enumerate(self.sizes):
+            for side in size:
+                self._check_side(f"sizes[{i}]", side)
+        if self.sides:
+            if len(self.sides) != 3 or not 1 <= self.sides[0] <= self.sides[1] <= limits.IMAGE_SIDE:
+                raise strict.Mismatch(f"sides: expected [lowest, highest, multiple], got {list(self.sides)}")
+            low, high, multiple = self.sides
+            if multiple < 1 or multiple % self.latent_scale or low % multiple or high % multiple:
                 raise strict.Mismatch(
-                    f"{key}: expected a multiple of latent_scale, {self.latent_scale}; got {getattr(self, key)}"
+                    f"sides: {multiple} is not a multiple of latent_scale, {self.latent_scale}, that divides the others"
                 )
-        limits.check_elements("latent_channels", self.latent_shape)
+        if self.tile:
+            if len(self.tile) != 2 or not 0 <= self.tile[1] < self.tile[0] <= limits.IMAGE_SIDE:
+                raise strict.Mismatch(f"tile: expected [side, overlap], got {list(self.tile)}")
+            for pixels in self.tile:
+                self._check_side("tile", pixels)
+        largest = self.sides[1] if self.sides else self.latent_scale
+        for height, width in ((self.height, self.width), (largest, largest), *self.sizes):
+            limits.check_elements("latent_channels", self.latents_of(height, width))
+
+    def _check_side(self, key: str, pixels: int) -> None:
+        if pixels % self.latent_scale:
+            raise strict.Mismatch(f"{key}: expected a multiple of latent_scale, {self.latent_scale}; got {pixels}")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of one image's latents."""
-        return self.latent_channels, self.height // self.latent_scale, self.width // self.latent_scale
+        """[C, H, W] of the latents of an image of the usual size."""
+        return self.latents_of(self.height, self.width)
+
+    def latents_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """[C, H, W] of the latents of an image of this size."""
+        return self.latent_channels, height // self.latent_scale, width // self.latent_scale
+
+    def described(self) -> str:
+        """The sizes, for people, width first: ``1024 x 1024, 768 x 1344``."""
+        text = ", ".join(f"{width} x {height}" for height, width in ((self.height, self.width), *self.sizes))
+        return f"{text}, sides from {self.sides[0]} to {self.sides[1]} by {self.sides[2]}" if self.sides else text
+
+    def takes(self, height: int, width: int) -> bool:
+        """Whether images of this size can be made."""
+        if (height, width) == (self.height, self.width) or (height, width) in self.sizes:
+            return True
+        if not self.sides:
+            return False
+        low, high, multiple = self.sides
+        return all(low <= side <= high and side % multiple == 0 for side in (height, width))
 
 
 @dataclass(frozen=True)
@@ -244,6 +318,14 @@ class Provenance:
     loras: tuple[LoraSource, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
     guides: tuple[GuideSource, ...] = ()
+
+
+def _check_sizes(sizes: tuple[tuple[int, ...], ...]) -> None:
+    for i, size in enumerate(sizes):
+        if len(size) != 2:
+            raise strict.Mismatch(f"sizes[{i}]: expected [height, width], got {list(size)}")
+        for side in size:
+            limits.check_range(f"sizes[{i}]", side, 1, limits.IMAGE_SIDE)
 
 
 def _check_compute_dtype(path: str, dtype: str) -> None:

@@ -186,7 +186,10 @@ def locked(output: Path, progress: Progress = silent) -> Iterator[None]:
         yield
         return
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # in /proc, where there are folders in which nothing can be made
+            raise OutputError(f"{output.parent}: no file can be made there; give another -o") from None
         try:
             _wait_for(descriptor, f"wait for another build of {output.name}", progress)
             # Its last holder removed the file that was waited for: others may have locked a new one since.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glance_trt import recipe
-from glance_trt.build import table
+from glance_trt.build import schedules
 from glance_trt.bundle import Bundle
 from glance_trt.errors import ParityError
 from glance_trt.progress import Progress, silent
@@ -48,15 +48,15 @@ def compare(
     default those that the recipe distils with. images: how many, by default one of each prompt given, or 2. Raises
     `ParityError` where a graph or an image differs too much, or where the recipe has another schedule or guidance.
     """
-    from glance_trt.export import parity, phases
-    from glance_trt.export.families import open_model
+    from glance_trt.export import inputs, parity, phases
+    from glance_trt.export import model as models
     from glance_trt.export.reference import DiffusersReference
-    from glance_trt.export.weights import component_tensors
 
     plan, folder = recipe.load(recipe_name)
-    model = folder / plan.model
-    family = open_model(model, plan)
-    if table(family.scheduler_config(), plan) not in bundle.manifest.schedules.values():
+    models.find(plan, folder, progress)  # downloads, if need be
+    made_from = inputs.read(plan, folder)
+    family = made_from.family
+    if any(item not in bundle.manifest.schedules.values() for item in schedules(family, plan).values()):
         raise ParityError(f"schedule: {recipe_name} compiles to other steps than the bundle's")
     wanted, given = plan.guidance, bundle.manifest.guidance
     if (wanted.scale, wanted.negative_prompt) != (given.scale, given.negative_prompt):
@@ -64,13 +64,12 @@ def compare(
             f"guidance: scale {wanted.scale:g} and negative prompt {wanted.negative_prompt!r} in {recipe_name}, "
             f"{given.scale:g} and {given.negative_prompt!r} in the bundle"
         )
-    tensors = component_tensors(model / family.components["denoiser"])
-    loras, guides = phases.loras(plan, folder, tensors), phases.guides(plan, folder, family)
+    guides = phases.guides(plan, folder, family)
     with Pipeline.open(bundle, target, device=device, trust=trust) as pipeline:
         engines = bundle.manifest.engines[pipeline.target]
         graphs = {name: str(engine.dtype or engines.dtype) for name, engine in engines.graphs.items()}
         least = PSNR[engines.dtype]
-        reference = parity.Reference(family, model, loras, guides)
+        reference = parity.Reference(family, made_from.loras, made_from.encoders, guides)
         results = parity.check(pipeline.runner, graphs, reference, family.sources(guides), progress)
         count = images if images is not None else len(prompts) or 2
         prompts = prompts or _prompts(plan, folder)

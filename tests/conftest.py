@@ -116,7 +116,9 @@ def traced() -> Callable[..., Any]:
 
     def trace_once(source: Any, dtype: str) -> Any:
         arguments = getattr(source.build, "args", ())  # a guide's config, which the inputs do not show
-        key = repr((source.inputs, source.outputs, arguments, dtype))
+        family = getattr(getattr(source.build, "func", source.build), "__self__", None)
+        rescale = family.recipe.guidance.rescale if family else None  # nor do they show this
+        key = repr((source.inputs, source.outputs, arguments, rescale, dtype))
         if key not in known:
             known[key] = real(source, dtype)
         return known[key]
@@ -128,7 +130,8 @@ def traced() -> Callable[..., Any]:
 def write_lora(tiny_model: Path) -> Callable[..., Path]:
     """Writes a random LoRA of the tiny model's UNet, as diffusers does, and returns its path.
 
-    ``write(path, seed=0, rank=2, alpha=6.0, targets=("to_q", "to_v"), with_metadata=True)``
+    ``write(path, seed=0, rank=2, alpha=6.0, targets=("to_q", "to_v"), with_metadata=True,
+    text=False)``; with `text`, the text encoder has one as well, at scale 8
     """
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -143,6 +146,7 @@ def write_lora(tiny_model: Path) -> Callable[..., Path]:
         alpha: float = 6.0,
         targets: tuple[str, ...] = ("to_q", "to_v"),
         with_metadata: bool = True,
+        text: bool = False,
         **settings: object,
     ) -> Path:
         unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
@@ -151,17 +155,41 @@ def write_lora(tiny_model: Path) -> Callable[..., Path]:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             unet.add_adapter(config)
-        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+        encoder = {}
+        if text:
+            changed = _encoder_with(tiny_model, rank, seed)
+            encoder["text_encoder_lora_layers"] = get_peft_model_state_dict(changed)
+            encoder["text_encoder_lora_adapter_metadata"] = _plain(changed.peft_config["default"])
         path.parent.mkdir(exist_ok=True)
         StableDiffusionPipeline.save_lora_weights(
             path.parent,
             unet_lora_layers=get_peft_model_state_dict(unet),
-            unet_lora_adapter_metadata=metadata if with_metadata else None,
+            unet_lora_adapter_metadata=_plain(config) if with_metadata else None,
             weight_name=path.name,
+            **encoder,
         )
         return path
 
     return write
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """PEFT's configuration, as diffusers writes it into a file."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
+def _encoder_with(tiny_model: Path, rank: int, seed: int) -> Any:
+    """The tiny model's text encoder, with a random LoRA on its attention."""
+    import torch
+    from peft import LoraConfig
+    from transformers import CLIPTextModel
+
+    encoder = CLIPTextModel.from_pretrained(tiny_model / "text_encoder")
+    config = LoraConfig(r=rank, lora_alpha=8 * rank, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder.add_adapter(config)
+    return encoder
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def test_everything_that_this_test_environment_has_is_found(monkeypatch: pytest.
     assert "CPUExecutionProvider" in found["ONNX Runtime"].detail
     assert found["build for cpu"] == Finding("build for cpu", True, "yes")
     assert found["run cpu"].ok
-    assert found["run cpu"].detail.startswith(f"engines built for onnxruntime {metadata.version('onnxruntime')}, cpu ")
+    assert found["run cpu"].detail.startswith(f"engines that need onnxruntime {metadata.version('onnxruntime')}, cpu ")
     assert found["build for cuda"] == Finding("build for cuda", True, "yes")
 
 
@@ -71,7 +71,8 @@ def test_a_machine_without_the_driver_runs_no_plans_and_is_told_why(monkeypatch:
     driver.remove(monkeypatch)
     assert finding("GPU").detail.startswith("there is no NVIDIA driver here (")
     assert finding("build for rtx").ok
-    assert finding("run rtx").detail.endswith("; install it where an NVIDIA GPU is, or run a target for the CPU")
+    text = "; run a target for the CPU, or go to a machine with an NVIDIA GPU and its driver"
+    assert finding("run rtx").detail.endswith(text)
 
 
 def test_a_gpu_runs_the_targets_that_hold_its_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_a_gpu_runs_the_targets_that_hold_its_compute_capability(monkeypatch: py
     found = finding("run rtx-turing")
     assert found.ok
     version = metadata.version("tensorrt-rtx-cu13")
-    assert found.detail == f"engines built for tensorrt_rtx {version}, compute_capability 7.5"
+    assert found.detail == f"engines that need tensorrt_rtx {version}, compute_capability 7.5"
     assert "built for GPUs of compute capability 8.0, 8.6, 8.9, 12.0, and this one has 7.5" in finding("run rtx").detail
 
 
@@ -96,21 +97,19 @@ def test_it_imports_nothing_that_takes_seconds() -> None:
 def test_target_that_cannot_be_built_has_a_reason_and_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "onnxruntime", "tensorrt_rtx")
     for target, text in (
-        ("cpu", "onnxruntime is not installed; pip install"),
-        ("rtx", "TensorRT-RTX is not installed"),
+        ("cpu", "onnxruntime is not installed; pip install onnxruntime"),
+        ("rtx", "TensorRT-RTX is not installed (no module tensorrt_rtx); pip install 'glance-trt[rtx]'"),
     ):
         found = finding(f"build for {target}")
-        assert not found.ok
-        assert text in found.detail
-        assert f"glance-trt[{target}]" in found.detail
+        assert (found.ok, found.detail) == (False, text)
     assert finding("run cpu").detail.startswith("ONNX Runtime is not installed")
 
 
 def test_lean_installation_is_told_which_extras_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "torch", "onnx", "peft")
-    text = "missing: torch, onnx; pip install glance-trt[export]"
+    text = "missing: torch, onnx; pip install 'glance-trt[export]'"
     assert finding("extra export") == Finding("extra export", False, text)
-    text = "missing: torch, peft; pip install glance-trt[distill]"
+    text = "missing: torch, peft; pip install 'glance-trt[distill]'"
     assert finding("extra distill") == Finding("extra distill", False, text)
 
 
@@ -123,7 +122,7 @@ def test_two_onnxruntimes_that_overwrite_each_other_are_noticed(monkeypatch: pyt
 
 def test_missing_onnxruntime_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, onnxruntime=None, onnxruntime_gpu=None)
-    assert finding("ONNX Runtime") == Finding("ONNX Runtime", False, "missing; pip install glance-trt[cpu]")
+    assert finding("ONNX Runtime") == Finding("ONNX Runtime", False, "missing; pip install onnxruntime")
 
 
 def test_onnxruntime_that_cannot_be_loaded_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from glance_trt.manifest import Manifest
 
 from .hostile import tiny
 
+MID = {"phase": "mid", "timestep": 700, "coefficients": [1, 1, -1], "mix": [0.5, 0.5]}
 DOC = Path(__file__).parent.parent / "docs" / "bundle-format.md"
 
 
@@ -89,7 +90,7 @@ def test_the_first_schedule_is_the_default(good: Manifest) -> None:
 
 
 def test_engine_files_are_what_a_target_reads(good: Manifest) -> None:
-    graphs = ("text_encoder", "decoder", "denoiser.slow", "denoiser.fast")
+    graphs = ("text_encoder", "text_encoder_2", "decoder", "encoder", "denoiser.slow", "denoiser.fast")
     files = good.engine_files("cpu")
     assert sorted(files) == sorted(["tokenizer.json", "cpu.bin", *(f"cpu.{graph}.onnx" for graph in graphs)])
     with pytest.raises(BundleError, match=r"^target 'rtx': this bundle has cpu$"):
@@ -106,7 +107,7 @@ def test_three_phases_are_as_good_as_two() -> None:
     value = tiny.manifest()
     value["graphs"]["denoiser.mid"] = value["graphs"]["denoiser.fast"]
     value["engines"]["cpu"]["graphs"]["denoiser.mid"] = {"file": "cpu.denoiser.fast.onnx"}
-    value["schedules"]["default"]["steps"].insert(1, {"phase": "mid", "timestep": 700, "coefficients": [1, 1, -1]})
+    value["schedules"]["default"]["steps"].insert(1, MID)
     assert [step.phase for step in manifest.load(json.dumps(value)).schedule().steps] == ["slow", "mid", "fast"]
 
 
@@ -118,8 +119,49 @@ def test_names_of_64_plain_characters_are_valid(name: str) -> None:
 def test_largest_images_and_tensors_are_allowed(good: Manifest) -> None:
     value: dict[str, Any] = tiny.manifest()
     value["image"] = {"height": 8192, "width": 8192, "latent_channels": 4, "latent_scale": 1}
+    del value["schedules"]["large"]
     value["graphs"]["decoder"]["outputs"][0]["shape"] = ["batch", 8192, 8192, 3]
     assert manifest.load(json.dumps(value)).image.latent_shape == (4, 8192, 8192)
+    value["image"] |= {"sizes": [[8192, 1], [1, 8192]], "sides": [1, 8192, 1], "tile": [8192, 8191]}
+    assert manifest.load(json.dumps(value)).image.takes(1, 8191)
+
+
+def test_sizes_are_the_usual_one_the_listed_and_those_of_the_range(good: Manifest) -> None:
+    image = good.image  # 64 x 64, 64 x 128, 256 x 256, sides from 32 to 128 in steps of 16
+    for size in ((64, 64), (64, 128), (256, 256), (32, 128), (128, 112)):
+        assert image.takes(*size), size
+    for size in ((256, 64), (256, 128), (16, 64), (144, 64), (64, 72), (0, 0), (-64, 64)):
+        assert not image.takes(*size), size
+    assert image.latents_of(64, 128) == (4, 8, 16)
+    plain = dataclasses.replace(image, sides=())
+    assert [size for size in ((64, 64), (64, 128), (128, 64), (32, 32)) if plain.takes(*size)] == [(64, 64), (64, 128)]
+
+
+def test_a_schedule_is_for_its_sizes_or_for_all(good: Manifest) -> None:
+    assert good.schedules["large"].fits(256, 256)
+    assert not good.schedules["large"].fits(64, 64)
+    assert good.schedules["default"].fits(64, 64)
+    assert good.schedules["default"].fits(112, 48)
+
+
+def test_conditions_are_the_outputs_of_all_text_encoders(good: Manifest) -> None:
+    assert good.text_encoders() == ["text_encoder", "text_encoder_2"]
+    assert good.conditions() == ["prompt_embeds", "mask"]
+
+
+def test_a_bundle_without_what_may_be_left_out_is_good() -> None:
+    value = tiny.manifest()
+    value["image"] = {"height": 64, "width": 64, "latent_channels": 4, "latent_scale": 8}
+    del value["schedules"]["large"], value["graphs"]["encoder"], value["engines"]["cpu"]["graphs"]["encoder"]
+    for step in value["schedules"]["default"]["steps"]:
+        del step["mix"]
+    del value["tokenizers"]["tokenizer_2"]["template"]
+    loaded = manifest.load(json.dumps(value))
+    assert (loaded.image.sizes, loaded.image.sides, loaded.image.tile) == ((), (), ())
+    assert (loaded.tokenizers["tokenizer_2"].template, loaded.schedule().strength_rounding) == ("{}", "down")
+    value = tiny.manifest()  # with an encoder that samples nothing
+    del value["graphs"]["encoder"]["inputs"][1]
+    assert [port.source for port in manifest.load(json.dumps(value)).graphs["encoder"].inputs] == ["image"]
 
 
 def test_the_example_of_the_documentation_is_a_manifest() -> None:

@@ -23,7 +23,7 @@ HEAVY = {*TORCH_TIER, *BACKENDS, "accelerate", "onnx_ir", "onnxscript", "safeten
 BASE = {*sys.stdlib_module_names, "glance_trt", "numpy", "PIL", "tokenizers", "yaml"}
 """What the library's lean tier may import: the base installation, less what only the command line needs."""
 
-CLI = sorted((PACKAGE / "cli").rglob("*.py"))
+CLI = sorted([PACKAGE / "__main__.py", *(PACKAGE / "cli").rglob("*.py")])
 BUILDING = sorted(
     [PACKAGE / f"{name}.py" for name in ("build", "compiling", "doctor", "verify")]
     + [path for name in ("distill", "export", "engines") for path in (PACKAGE / name).rglob("*.py")]

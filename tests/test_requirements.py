@@ -103,7 +103,9 @@ def test_what_is_missing_is_told_with_what_to_do(machine: None, monkeypatch: pyt
     monkeypatch.setattr(requirements, "is_installed", lambda module: module != "cuda.core")
     assert "cuda-core, which runs engines on a GPU, is not installed; pip install" in str(unrunnable("tensorrt", PLAN))
     driver.remove(monkeypatch)
-    assert str(unrunnable("tensorrt", PLAN)).endswith("install it where an NVIDIA GPU is, or run a target for the CPU")
+    assert str(unrunnable("tensorrt", PLAN)).endswith(
+        "run a target for the CPU, or go to a machine with an NVIDIA GPU and its driver"
+    )
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert "TensorRT is not installed" in str(unrunnable("tensorrt", PLAN))
 

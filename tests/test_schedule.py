@@ -38,6 +38,7 @@ SD15 = {  # as Stable Diffusion 1.5 ships it
 SDXL = {**EULER, "timestep_spacing": "leading", "steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}
 QWEN = {**FLOW, "use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
 FLUX = {**FLOW, "use_dynamic_shifting": True, "shift": 3.0}
+SD3 = {**FLOW, "shift": 3.0, "own_sigmas": True}
 GLANCE = [("slow", (1, 3, 5, 7, 9)), ("fast", (11, 21, 31, 41, 50))]
 
 DDIM_CONFIGS = [
@@ -81,6 +82,14 @@ FLOW_CONFIGS = [
     FLUX,
     {**FLUX, "time_shift_type": "linear"},
 ]
+OWN_CONFIGS = [
+    SD3,
+    {**SD3, "shift": 1.0},
+    {**SD3, "shift": 1.7, "num_train_timesteps": 777, "shift_terminal": 0.1},
+    {**SD3, "use_karras_sigmas": True},
+    {**SD3, "use_dynamic_shifting": True},
+    {**SD3, "use_dynamic_shifting": True, "time_shift_type": "linear"},
+]
 
 
 # The released code's literals; bfloat16 makes them 1000, 980, 956, 936, 912 and 888, 744, 564, 320, 20.
@@ -98,7 +107,8 @@ def label(value: Any) -> str:
 
 def reference(config: dict[str, Any], steps: int, tokens: int | None = None) -> Any:
     """diffusers' scheduler, its timesteps set as the pipelines set them."""
-    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    known = {key: value for key, value in config.items() if key != "own_sigmas"}
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(known)
     if config["_class_name"] != FLOW["_class_name"]:
         scheduler.set_timesteps(steps)
         return scheduler
@@ -106,7 +116,10 @@ def reference(config: dict[str, Any], steps: int, tokens: int | None = None) -> 
 
     names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
     mu = calculate_shift(tokens, *(scheduler.config[name] for name in names)) if tokens else None
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    if config.get("own_sigmas"):
+        scheduler.set_timesteps(steps, mu=mu)
+    else:
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler
 
 
@@ -135,18 +148,26 @@ def test_every_step_of_the_teacher_equals_diffusers(config: dict[str, Any]) -> N
         assert_steps_like_diffusers(config, steps)
 
 
-@pytest.mark.parametrize("config", FLOW_CONFIGS, ids=label)
+@pytest.mark.parametrize("config", FLOW_CONFIGS + OWN_CONFIGS, ids=label)
 def test_every_flow_step_equals_diffusers_at_every_image_size(config: dict[str, Any]) -> None:
     sizes = (256, 1024, 4096, 6032) if config.get("use_dynamic_shifting") else (None,)
     for steps, tokens in itertools.product((7, 50), sizes):
         assert_steps_like_diffusers(config, steps, tokens)
 
 
+@pytest.mark.parametrize("config", OWN_CONFIGS, ids=label)
+def test_own_sigmas_are_those_of_diffusers_to_the_last_bit(config: dict[str, Any]) -> None:
+    for steps, tokens in itertools.product((2, 7, 28, 50), (1024, 4096)):
+        theirs, ours = reference(config, steps, tokens), teacher_grid(config, steps, tokens)
+        np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
+        np.testing.assert_array_equal(ours.levels, theirs.sigmas.numpy())
+
+
 @pytest.mark.parametrize("config", [DDIM, EULER, FLOW], ids=lambda c: c["_class_name"])
 def test_missing_keys_take_the_defaults_of_diffusers(config: dict[str, Any]) -> None:
     schema = schedule._SCHEDULERS[config["_class_name"]]
     signature = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters
-    ours = {field.name: field.default for field in dataclasses.fields(schema)}
+    ours = {field.name: field.default for field in dataclasses.fields(schema) if field.name != "own_sigmas"}
     assert ours == {name: signature[name].default for name in ours}
     only_matter_when_clipping = {"dynamic_thresholding_ratio", "clip_sample_range", "sample_max_value"}
     assert set(signature) - set(ours) <= only_matter_when_clipping | {"self"}
@@ -284,7 +305,7 @@ def test_flux_gives_the_printed_timesteps() -> None:
 
 @pytest.mark.parametrize("phases", [GLANCE, [("one", (1,))], [("a", (2, 3)), ("b", (9,)), ("c", (30, 47))]])
 def test_consistent_flow_steps_telescope_to_the_whole_interval(phases: Any) -> None:
-    for config in FLOW_CONFIGS:
+    for config in FLOW_CONFIGS + OWN_CONFIGS:
         compiled = compile_schedule(config, phases, teacher_steps=50, image_tokens=1024)
         first = float(reference(config, 50, 1024).sigmas[phases[0][1][0] - 1])
         assert sum(step.b for step in compiled.steps) == pytest.approx(-first, abs=1e-7)

@@ -363,3 +363,12 @@ def test_an_error_frees_it_and_a_link_is_followed(tmp_path: Path) -> None:
         assert os.listdir(tmp_path / "disk") == [".real.bundle.lock"]
         raise KeyboardInterrupt
     assert os.listdir(tmp_path / "disk") == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc")
+def test_an_output_where_no_file_can_be_made_is_refused() -> None:
+    with (
+        pytest.raises(OutputError, match=r"^/proc: no file can be made there; give another -o$"),
+        locked(Path("/proc/x")),
+    ):
+        pass

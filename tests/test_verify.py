@@ -100,9 +100,9 @@ def test_fused_reference_makes_the_images_of_the_one_that_switches(home: Path) -
     assert psnr(images, expected) >= 50
     assert np.array_equal(fused.generate("a red circle", [7, 8]), images)
 
-    layers = [[m for m in unet.modules() if isinstance(m, LoraLayer)] for unet in fused._unets.values()]
+    layers = [[m for m in unet.modules() if isinstance(m, LoraLayer)] for unet in fused._fused.values()]
     assert layers == [[], [], []], "nothing is left to be added in each step"
-    weights = [unet.state_dict() for unet in fused._unets.values()]
+    weights = [unet.state_dict() for unet in fused._fused.values()]
     changed = [sum(not np.array_equal(w[name], weights[1][name]) for name in w) for w in (weights[0], weights[2])]
     assert all(changed)
 

@@ -1,4 +1,4 @@
-"""Progress bars on stderr: only on a terminal, and only for stages that take longer than two seconds."""
+"""Progress bars on stderr: only on a terminal. What counts appears after two seconds, what does not at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bars() -> Iterator[Progress]:
             current[stage] = tqdm(
                 desc=stage,
                 total=total,
-                delay=_DELAY,
+                delay=_DELAY if total > 1 else 0,
                 file=sys.stderr,
                 disable=not sys.stderr.isatty(),
                 leave=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -20,13 +21,27 @@ from glance_trt.cli.bars import bars
     metavar="TARGET",
     help="Build for this target; repeatable. Default: the recipe's.",
 )
+@click.option(
+    "--lora-scale",
+    "lora_scales",
+    multiple=True,
+    metavar="[PHASE=]SCALE",
+    help="Fuse the LoRAs, or one phase's, at this scale; repeatable. Default: the recipe's, else alpha / rank.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that differs.")
 @click.option(
     "--preflight/--no-preflight",
     default=True,
     help="Whether to refuse, before the work begins, what disk or memory cannot hold.",
 )
-def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool, preflight: bool) -> None:
+def command(
+    recipe: str,
+    output: Path,
+    engines: tuple[str, ...],
+    lora_scales: tuple[str, ...],
+    overwrite: bool,
+    preflight: bool,
+) -> None:
     """Build a bundle: fuse the LoRAs, export the graphs, compile engines, compare with PyTorch.
 
     RECIPE is a YAML file, or the name of a shipped recipe. A build that was interrupted goes on where it stopped.
@@ -38,7 +53,13 @@ def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool
 
     with bars() as progress:
         report = build(
-            recipe, output, engines=engines, overwrite=overwrite, check_resources=preflight, progress=progress
+            recipe,
+            output,
+            engines=engines,
+            lora_scales=dict(map(_scale, lora_scales)),
+            overwrite=overwrite,
+            check_resources=preflight,
+            progress=progress,
         )
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
@@ -52,3 +73,15 @@ def command(recipe: str, output: Path, engines: tuple[str, ...], overwrite: bool
     if report.page:
         click.echo(f"report {os.fspath(report.page)}", err=True)
     click.echo(os.fsencode(output))
+
+
+def _scale(text: str) -> tuple[str | None, float]:
+    """``slow=0.8`` as the phase and the scale; ``0.8`` is for all phases."""
+    phase, equals, number = text.rpartition("=")
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale) or (equals and not phase):
+        raise click.BadParameter(f"expected a number, or PHASE=NUMBER, got {text!r}", param_hint="--lora-scale")
+    return phase or None, scale

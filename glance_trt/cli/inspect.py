@@ -39,7 +39,7 @@ def describe(manifest: Manifest) -> list[str]:
         alpha = "no alpha in the file" if lora.alpha is None else f"alpha {lora.alpha:g}"
         lines.append(f"  {lora.phase:<12} {lora.file}, scale {lora.scale:g} ({alpha})")
     lines += [f"  {guide.phase:<12} {guide.file}, guide ({guide.kind})" for guide in source.guides]
-    lines.append(f"  images       {image.width} x {image.height}, latents {' x '.join(map(str, image.latent_shape))}")
+    lines.append(f"  images       {image.described()}, latents {' x '.join(map(str, image.latent_shape))}")
     guided = {name: graph.guidance for name, graph in manifest.graphs.items() if name.startswith("denoiser.")}
     modes = sorted(set(guided.values()))
     scale = "" if modes == ["none"] else f", scale {manifest.guidance.scale:g} by default"
@@ -67,9 +67,10 @@ def table(name: str, schedule: Schedule) -> list[str]:
     """A schedule, line by line."""
     count = f"{len(schedule.steps)} step{'s' if len(schedule.steps) > 1 else ''}"
     columns = "".join(f" {column:>10}" for column in schedule.coefficients)
+    sizes = "".join(f", {width} x {height}" for height, width in schedule.sizes)
     width = max(len(phase) for phase in ("phase", *(step.phase for step in schedule.steps)))
     lines = [
-        f"schedule {name}: {count}, initial noise x {schedule.initial_noise_scale:g}",
+        f"schedule {name}: {count}, initial noise x {schedule.initial_noise_scale:g}{sizes}",
         f"  {'step':>4} {'phase':<{width}} {'timestep':>10}{columns}",
     ]
     for i, step in enumerate(schedule.steps, start=1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -25,6 +26,8 @@ class _Commands(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
+            if close := difflib.get_close_matches(name, _COMMANDS, n=1):
+                raise click.UsageError(f"No such command {name!r}; did you mean {close[0]!r}?", context)
             return None
         command: click.Command = importlib.import_module(f"glance_trt.cli.{name}").command
         return command

@@ -106,7 +106,7 @@ def command(
     for row in found.best[:-1]:
         click.echo(f"{len(row.steps):5} {row.cost:8.4f}")
     if output:
-        files.write_bytes(output, written(plan, folder, best, output.parent).encode())
+        files.write_bytes(output, written(plan, folder, best, output).encode())
         if any(phase.lora or phase.guide for phase in plan.phases):
             click.echo(f"train its experts for these knots: glance-trt distill {output}", err=True)
     if plot:
@@ -117,13 +117,16 @@ def _show(plan: Recipe, folder: Path) -> None:
     from glance_trt import build
     from glance_trt.cli.inspect import table
     from glance_trt.engines import targets
+    from glance_trt.export import model as models
     from glance_trt.export.families import open_model
 
-    family = open_model(folder / plan.model, plan)
+    with bars() as progress:
+        family = open_model(models.find(plan, folder, progress, whole=False), plan)
     family.image()
     targets.load_all(plan.engines)
-    for line in table("default", build.table(family.scheduler_config(), plan)):
-        click.echo(line)
+    for name, schedule in build.schedules(family, plan).items():
+        for line in table(name, schedule):
+            click.echo(line)
 
 
 def _line(name: str, knots: Knots) -> str:
@@ -131,8 +134,9 @@ def _line(name: str, knots: Knots) -> str:
     return f"{name:8} cost {knots.cost:.4f}: {slow} | {fast}"
 
 
-def written(plan: Recipe, folder: Path, knots: Knots, beside: Path) -> str:
-    """The recipe with these knots, as YAML whose paths are relative to the folder `beside`."""
+def written(plan: Recipe, folder: Path, knots: Knots, output: Path) -> str:
+    """The recipe with these knots, as YAML for the file `output`, which it is named for, as are the LoRAs and guides
+    that have to be trained for these knots. Other paths lead to what the recipe has."""
     import yaml
 
     from glance_trt import strict
@@ -141,14 +145,17 @@ def written(plan: Recipe, folder: Path, knots: Knots, beside: Path) -> str:
     phases = tuple(replace(phase, steps=steps) for phase, steps in zip(plan.phases, parts, strict=True))
 
     def moved(path: str) -> str:
-        return os.path.relpath(folder / path, beside)
+        return os.path.relpath(folder / path, output.parent)
 
-    content = strict.write(replace(plan, phases=phases, model=moved(plan.model)))
+    content = strict.write(replace(plan, name=output.stem, phases=phases))
+    for key in ("model", "config", "decoder"):
+        if key in content and (folder / content[key]).exists():  # or it is an id on the Hub
+            content[key] = moved(content[key])
     for phase in content["phases"]:
         if "lora" in phase:
-            phase["lora"]["file"] = moved(phase["lora"]["file"])
+            phase["lora"]["file"] = f"{output.stem}.{phase['name']}.safetensors"
         if "guide" in phase:
-            phase["guide"] = moved(phase["guide"])
+            phase["guide"] = f"{output.stem}.{phase['name']}.guide.safetensors"
     for key in ("prompts", "image", "images"):
         if key in content.get("distill", {}):
             content["distill"][key] = moved(content["distill"][key])

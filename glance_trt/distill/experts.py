@@ -23,6 +23,7 @@ from glance_trt.distill.student import Parts, Student
 from glance_trt.distill.teacher import Teacher
 from glance_trt.distill.trajectory import Trajectories, through, trajectory_loss
 from glance_trt.errors import OutputError, RecipeError
+from glance_trt.export import model as models
 from glance_trt.export.families import open_model
 from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Distill, Phase, Recipe
@@ -88,13 +89,14 @@ def train(
     """
     settings = _checked(recipe)
     given = data.read(settings, recipe, folder)
-    config = open_model(folder / recipe.model, recipe).scheduler_config()
+    found = models.find(recipe, folder, progress)
+    config = open_model(found, recipe).scheduler_config()
     phases = [(phase.name, phase.steps) for phase in recipe.phases]
     table = compile_schedule(config, phases, teacher_steps=recipe.teacher_steps, sampler=recipe.sampler)  # or raises
     runs = _runs(recipe, folder, out, config, table)
     for place in {work, *(file.parent for run in runs for file in run.parts)}:
         files.make_folder(place)
-    base = load_base(folder / recipe.model)
+    base = load_base(found.whole_folder())
     digest = base.digest()
     base.to(device)
     model = teacher.open_teacher(base, recipe, config)

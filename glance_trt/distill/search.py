@@ -20,6 +20,7 @@ from glance_trt.distill import files, teacher
 from glance_trt.distill.base import load_base
 from glance_trt.distill.data import encode_captions
 from glance_trt.errors import RecipeError
+from glance_trt.export import model as models
 from glance_trt.export.families import open_model
 from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Recipe
@@ -70,9 +71,10 @@ def search(
     """
     if not 1 <= count <= recipe.teacher_steps:
         raise RecipeError(f"knots: {count} of {recipe.teacher_steps} teacher steps; ask for 1 to all of them")
-    config = open_model(folder / recipe.model, recipe).scheduler_config()
+    found = models.find(recipe, folder, progress)
+    config = open_model(found, recipe).scheduler_config()
     table = jump_coefficients(config, recipe.teacher_steps)
-    base = load_base(folder / recipe.model)
+    base = load_base(found.whole_folder())
     place = base.to(device)
     model = teacher.open_teacher(base, recipe, config)
     captions = [prompts[i % len(prompts)] for i in range(samples)]

@@ -15,8 +15,8 @@ from glance_trt.requirements import unrunnable
 
 __all__ = ["Built", "build", "built", "needs", "portable", "ranges", "requires", "unavailable", "unrunnable"]
 
-_MODULES = {"onnxruntime": (("onnxruntime", "cpu"), ("onnx", "export")), "onnxruntime-gpu": (("onnx", "export"),)}
-"""By backend: the modules that building needs, and the extra that has each."""
+_MODULES = {"onnxruntime": ("onnxruntime", "onnx"), "onnxruntime-gpu": ("onnx",)}
+"""By backend: the modules that building needs, which pip knows by the same names."""
 _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
@@ -44,8 +44,8 @@ def unavailable(target: Target) -> str | None:
         return tensorrt.unavailable(target)
     if target.backend == "onnxruntime" and target.dtype != "float32":
         return f"ONNX Runtime engines compute in float32 on a CPU, not in {target.dtype}; change the target's dtype"
-    missing = [item for item in _MODULES[target.backend] if importlib.util.find_spec(item[0]) is None]
-    return f"{missing[0][0]} is not installed; pip install 'glance-trt[{missing[0][1]}]'" if missing else None
+    missing = [module for module in _MODULES[target.backend] if importlib.util.find_spec(module) is None]
+    return f"{missing[0]} is not installed; pip install {' '.join(missing)}" if missing else None
 
 
 def requires(target: Target) -> dict[str, str]:
@@ -78,17 +78,16 @@ def ranges(graph: Graph, target: Target, image: Image) -> list[Ranges]:
     """
     if target.backend in _MODULES:
         return []
-    found = []
+    found, (heights, widths) = [], _sides(image)
     for i, profile in enumerate(target.profiles or (Profile(),)):
+        where = f"{target.name}: profiles[{i}]"
         sizes = {
             "batch": profile.batch,
-            "h": _latents(
-                "height", profile.height or (image.height,) * 3, graph, image, f"{target.name}: profiles[{i}]"
-            ),
-            "w": _latents("width", profile.width or (image.width,) * 3, graph, image, f"{target.name}: profiles[{i}]"),
+            "h": _latents("height", profile.height or heights, graph, image, where),
+            "w": _latents("width", profile.width or widths, graph, image, where),
         }
         shapes = {
-            port.name: (_shape(port, sizes, 0), _shape(port, sizes, 1), _shape(port, sizes, 2))
+            port.name: (_shape(port, sizes, 0, image), _shape(port, sizes, 1, image), _shape(port, sizes, 2, image))
             for port in graph.inputs
             if any(isinstance(dim, str) for dim in port.shape)
         }
@@ -97,9 +96,18 @@ def ranges(graph: Graph, target: Target, image: Image) -> list[Ranges]:
     return found
 
 
+def _sides(image: Image) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The smallest, the usual and the largest height, and width, of all image sizes."""
+    limits = image.sides[:2]
+    heights = [image.height, *(height for height, _ in image.sizes), *limits]
+    widths = [image.width, *(width for _, width in image.sizes), *limits]
+    return (min(heights), image.height, max(heights)), (min(widths), image.width, max(widths))
+
+
 def _latents(side: str, pixels: tuple[int, ...], graph: Graph, image: Image, where: str) -> tuple[int, ...]:
     """Sizes of images along one side, as sizes of the latents. Raises `RecipeError`."""
-    dims = [dim for port in graph.inputs for dim in port.shape if isinstance(dim, str)]
+    ports = [port for port in graph.inputs if port.source != "image"]  # whose dimensions are pixels
+    dims = [dim for port in ports for dim in port.shape if isinstance(dim, str)]
     factors = [int(factor) for factor, _, name in (dim.rpartition("*") for dim in dims) if name == side[0] and factor]
     unit = image.latent_scale * max(factors, default=1)
     for size in pixels:
@@ -108,8 +116,12 @@ def _latents(side: str, pixels: tuple[int, ...], graph: Graph, image: Image, whe
     return tuple(size // image.latent_scale for size in pixels)
 
 
-def _shape(port: Port, sizes: Mapping[str, tuple[int, ...]], which: int) -> tuple[int, ...]:
-    return tuple(dim if isinstance(dim, int) else sizes[dim.rpartition("*")[2]][which] for dim in port.shape)
+def _shape(port: Port, sizes: Mapping[str, tuple[int, ...]], which: int, image: Image) -> tuple[int, ...]:
+    names = [dim.rpartition("*")[2] if isinstance(dim, str) else dim for dim in port.shape]
+    found = [name if isinstance(name, int) else sizes[name][which] for name in names]
+    if port.source == "image":  # [B, height, width, 3], in pixels
+        found[1:3] = [size * image.latent_scale for size in found[1:3]]
+    return tuple(found)
 
 
 def build(

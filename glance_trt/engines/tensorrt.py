@@ -75,6 +75,14 @@ def file_name(target: Target, graph: str) -> str:
 def unavailable(target: Target) -> str | None:
     """Why this machine cannot build `target`, and what can be done; None if it can."""
     package = PACKAGES[target.backend]
+    if target.backend == "tensorrt":  # first of all: without a GPU nothing that could be installed would help
+        try:
+            present = gpu.compute_capability()
+        except TargetError as error:
+            return (
+                f"{package.title} compiles for the GPU of the machine it runs on, and {error}; build on the machine "
+                "that will run the engines, or for a tensorrt-rtx target, which needs no GPU"
+            )
     try:
         module = load(target.backend)
     except TargetError as error:
@@ -90,13 +98,6 @@ def unavailable(target: Target) -> str | None:
                 f"{', '.join(unknown)}; it can for {', '.join(known)}"
             )
         return None
-    try:
-        present = gpu.compute_capability()
-    except TargetError as error:
-        return (
-            f"{package.title} compiles for the GPU of the machine it runs on, and {error}; build on the machine that "
-            "will run the engines, or for a tensorrt-rtx target, which needs no GPU"
-        )
     if target.compute_capabilities and present not in target.compute_capabilities:
         return (
             f"target {target.name}: compute_capabilities: {package.title} compiles for the GPU of the machine it runs "

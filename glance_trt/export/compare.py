@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,11 @@ class Taken:
 
     batches: tuple[int, ...]
     latents: tuple[int, int]
+
+
+def comparable(dtypes: Iterable[str]) -> str:
+    """Of the dtypes that a portable graph is there in, the one to compare: ONNX Runtime has no bfloat16 on a CPU."""
+    return next((dtype for dtype in sorted(dtypes) if dtype != "bfloat16"), "bfloat16")
 
 
 def compare(
@@ -44,7 +49,7 @@ def compare(
     guides = phases.guides(inputs.recipe, inputs.folder, inputs.family)
     oversized = large.oversized(inputs.tensors)
     whole = {name: dtype for name, dtype in dtypes.items() if name.partition(".")[0] not in oversized}
-    reference = Reference(inputs.family, inputs.model, inputs.loras, guides)
+    reference = Reference(inputs.family, inputs.loras, inputs.encoders, guides)
     try:
         sources = inputs.family.sources(guides)
         if taken:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from glance_trt import hashing, strict
 from glance_trt.bundle import Bundle, DType, Graph, GuidanceMode, GuideSource, Tokenizer
-from glance_trt.errors import ModelError
 from glance_trt.export.inputs import Inputs
 from glance_trt.progress import Progress, silent
 from glance_trt.staging import Staging, key_of
 
 if TYPE_CHECKING:
     from glance_trt.export.source import Source
-    from glance_trt.export.weights import TensorRef
+    from glance_trt.export.weights import Fused, TensorRef
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,16 @@ def export(
     output: Path,
     previous: Bundle | None,
     dtypes: Sequence[DType],
+    comparable: bool = False,
     progress: Progress = silent,
 ) -> Exported:
     """Fuse, trace, and put what is not there yet into the workplace of `output`.
 
-    previous: a bundle whose files may be taken over. dtypes: what targets want to compute in. Raises `ModelError`,
-    `LoraError`, `RecipeError` and `OSError`.
+    previous: a bundle whose files may be taken over. dtypes: what targets want to compute in. comparable: that each
+    graph must be there in a dtype that a CPU can run, for the graphs themselves are compared with PyTorch. Raises
+    `ModelError`, `LoraError`, `RecipeError` and `OSError`.
     """
-    exporter = _Exporter(inputs, Staging(output, previous), dtypes, progress)
+    exporter = _Exporter(inputs, Staging(output, previous), dtypes, comparable, progress)
     tokenizers = exporter.write_tokenizers()
     graphs = {name: graph for kind in inputs.family.components for name, graph in exporter.export(kind).items()}
     guides = tuple(
@@ -56,26 +57,28 @@ def export(
 
 
 class _Exporter:
-    def __init__(self, inputs: Inputs, staging: Staging, dtypes: Sequence[DType], progress: Progress) -> None:
+    def __init__(
+        self, inputs: Inputs, staging: Staging, dtypes: Sequence[DType], comparable: bool, progress: Progress
+    ) -> None:
         from glance_trt.export import phases
 
         self.inputs, self.family, self.staging = inputs, inputs.family, staging
-        self.dtypes, self.progress = dtypes, progress
+        self.dtypes, self.comparable, self.progress = dtypes, comparable, progress
         self.guides = phases.guides(inputs.recipe, inputs.folder, self.family)
         self.scales = phases.scales(inputs.recipe, self.guides)
         self.sources = self.family.sources(self.guides)
 
     def write_tokenizers(self) -> dict[str, Tokenizer]:
         tokenizers = {}
-        for name, (text, length, pad) in self.family.tokenizers().items():
+        for name, item in self.family.tokenizers().items():
             file = f"{name}.json"
 
-            def make(folder: Path, file: str = file, text: str = text) -> list[str]:
+            def make(folder: Path, file: str = file, text: str = item.text) -> list[str]:
                 (folder / file).write_text(text, encoding="utf-8")
                 return [file]
 
-            self.staging.stage(key_of("tokenizer", file, text), make)
-            tokenizers[name] = Tokenizer(file, length, pad)
+            self.staging.stage(key_of("tokenizer", file, item.text), make)
+            tokenizers[name] = Tokenizer(file, item.max_length, item.pad_token_id, item.template)
         return tokenizers
 
     def export(self, kind: str) -> dict[str, Graph]:
@@ -92,8 +95,7 @@ class _Exporter:
             own = [file for file in files if file in ("denoiser.base.safetensors", f"{name}.safetensors")]
             bound = {tensor: ref for file in own for tensor, ref in tensors[file].items()}  # a phase's own come last
             graph_files: dict[str, str] = {
-                dtype: self._write_graph(name, source, dtype, bound, traced)
-                for dtype in sorted({self.family.dtype(kind, wanted) for wanted in self.dtypes})
+                dtype: self._write_graph(name, source, dtype, bound, traced) for dtype in self._dtypes(kind)
             }
             guidance: GuidanceMode = "none"
             if kind == "denoiser":
@@ -101,6 +103,13 @@ class _Exporter:
                 guidance = "embedded" if guided else self.inputs.recipe.guidance.mode
             graphs[name] = Graph(source.inputs, source.outputs, graph_files, tuple(own), guidance)
         return graphs
+
+    def _dtypes(self, kind: str) -> list[DType]:
+        """What the graphs of a component are made in."""
+        found = {self.family.dtype(kind, wanted) for wanted in self.dtypes}
+        if self.comparable and found == {"bfloat16"}:
+            found.add("float32")
+        return sorted(found)
 
     def _write_graph(
         self, name: str, source: Source, dtype: str, bound: Mapping[str, TensorRef], traced: dict[Any, Any]
@@ -126,21 +135,26 @@ class _Exporter:
         """The key of what is traced, which is independent of the weights' values."""
         kind, _, phase = graph.partition(".")
         recipe = self.inputs.recipe
-        config = self.inputs.model / self.family.components[kind] / "config.json"
+        config = self.family.model.config_file(self.family.components[kind])
         ports = [strict.write(port) for port in (*source.inputs, *source.outputs)]
-        guidance = (recipe.guidance.mode, recipe.guidance.rescale) if kind == "denoiser" else None
+        # Stable Diffusion 3 without T5 takes as many zeros, which no port shows.
+        step = (recipe.guidance.mode, recipe.guidance.rescale, recipe.prompt_tokens) if kind == "denoiser" else None
         guide = strict.write(self.guides[phase].config) if phase in self.guides else None
-        return key_of(self.family.name, hashing.sha256_of_file(config), ports, guidance, guide, self.inputs.tools)
+        return key_of(self.family.name, hashing.sha256_of_file(config), ports, step, guide, self.inputs.tools)
 
     def _write_weights(self, kind: str, names: Sequence[str]) -> list[str]:
-        from glance_trt.export import fuse, weights
+        from glance_trt.export import fuse, lora, weights
+        from glance_trt.export.families import stored
 
-        available, loras = self.inputs.tensors[kind], self.inputs.loras
-        stored = {name: name if name in available else self.family.weight_name(name) for name in names}
-        if lacking := [name for name in names if stored[name] not in available]:
-            raise _lacking(self.inputs.model / self.family.components[kind], lacking)
-        chosen = {name: available[stored[name]] for name in names}
-        contents = fuse.plan(chosen, loras, self.guides) if kind == "denoiser" else {f"{kind}.safetensors": chosen}
+        loras, base = self.inputs.loras, self.inputs.tensors[kind]
+        pairs = self.inputs.encoders.get(kind, {})
+        place = self.family.model.path(self.family.components[kind])
+        contents: dict[str, dict[str, TensorRef | Fused]] = {}
+        if kind == "denoiser":
+            contents = fuse.plan(stored(self.family, names, base, place), loras, self.guides)
+        else:
+            changed = {name: lora.fused(base[name], pair) for name, pair in pairs.items()}
+            contents[f"{kind}.safetensors"] = stored(self.family, names, {**base, **changed}, place)
         source_key = self.inputs.source_key(kind)
         phase_keys = {phase: self.inputs.phase_key(phase) for phase in loras}
         for file, tensors in contents.items():
@@ -152,9 +166,3 @@ class _Exporter:
             phase_key = phase_keys.get(file.split(".")[1])
             self.staging.stage(key_of("weights", file, source_key, phase_key, sorted(tensors)), make)
         return list(contents)
-
-
-def _lacking(folder: Path, names: Sequence[str]) -> ModelError:
-    return ModelError(
-        f"{folder}: its weights lack {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-    )

@@ -9,9 +9,9 @@ from typing import Any
 
 from glance_trt import __version__, hashing, strict
 from glance_trt.export import fuse, phases
-from glance_trt.export.families import Family, open_model
-from glance_trt.export.lora import Lora
-from glance_trt.export.weights import Fused, TensorRef, component_tensors
+from glance_trt.export.families import Family, from_recipe
+from glance_trt.export.lora import Lora, Pair, Rows
+from glance_trt.export.weights import Fused, TensorRef
 from glance_trt.preflight import Component
 from glance_trt.recipe import Recipe
 from glance_trt.schema import Schedule
@@ -22,20 +22,16 @@ _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript",
 
 @dataclass(frozen=True)
 class Inputs:
-    """`folder` is the recipe's. `tensors` are the model's, by component; `loras` the phases'. `tools`: versions of what
-    traces, which graphs depend on."""
+    """`folder` is the recipe's. `tensors` are the model's, by component; `loras` the phases', `encoders` what they
+    change in the text encoders. `tools`: versions of what traces, which graphs depend on."""
 
     recipe: Recipe
     folder: Path
     family: Family
     tensors: dict[str, dict[str, TensorRef]]
     loras: dict[str, Lora | None]
+    encoders: dict[str, dict[str, Pair]]
     tools: dict[str, str]
-
-    @property
-    def model(self) -> Path:
-        """The model's folder."""
-        return self.folder / self.recipe.model
 
     def graphs(self, kind: str) -> list[str]:
         """The names of the graphs that a component makes."""
@@ -54,10 +50,11 @@ class Inputs:
         return sizes
 
     def source_key(self, kind: str) -> str:
-        """The key of a component's weights."""
-        return key_of(
-            [hashing.sha256_of_file(file) for file in sorted({ref.file for ref in self.tensors[kind].values()})]
-        )
+        """The key of a component's weights, with what LoRAs change in a text encoder."""
+        files = sorted({ref.file for ref in self.tensors[kind].values()})
+        pairs = self.encoders.get(kind, {})
+        changed = {name: [pair.scale, _digest(pair.down), _digest(pair.up)] for name, pair in pairs.items()}
+        return key_of([hashing.sha256_of_file(file) for file in files], changed)
 
     def phase_key(self, phase: str) -> str:
         """The key of what a phase changes in the denoiser's weights, and adds to them."""
@@ -73,10 +70,10 @@ class Inputs:
 
         Raises `BundleError` for a file that cannot be read.
         """
-        files = {str(path.relative_to(self.model)): hashing.sha256_of_file(path) for path in self.family.files()}
+        files = [(path.name, hashing.sha256_of_file(path)) for path in self.family.files()]
         return {
             "recipe": strict.write(_without_places(self.recipe)),
-            "model": [self.model.resolve().name, files],
+            "model": [self.family.model.name, files],
             "weights": {kind: self.source_key(kind) for kind in self.tensors},
             "phases": [self.phase_key(phase.name) for phase in self.recipe.phases],
             "tools": self.tools,
@@ -89,7 +86,8 @@ class Inputs:
             item = self.loras[phase.name]
             if not item or not phase.lora:
                 continue
-            if phase.lora.scale is None and any(pair.alpha is None for pair in item.pairs.values()):
+            pairs = [pair for part in (item.pairs, *item.encoders.values()) for pair in part.values()]
+            if phase.lora.scale is None and any(pair.alpha is None for pair in pairs):
                 notes.append(
                     f"{item.file} gives no alpha; its scale is taken as {item.scale:g}. If it was trained at alpha / "
                     "rank, set 'scale' beside the file in the recipe"
@@ -109,10 +107,14 @@ def read(recipe: Recipe, folder: Path) -> Inputs:
     Raises `ModelError`, `LoraError` and `RecipeError`, and `ModuleNotFoundError` for a tool that is not installed.
     """
     tools = {name: metadata.version(name) for name in _TOOLS} | {"glance-trt": __version__}
-    model = folder / recipe.model
-    family = open_model(model, recipe)
-    tensors = {kind: component_tensors(model / part) for kind, part in family.components.items()}
-    return Inputs(recipe, folder, family, tensors, phases.loras(recipe, folder, tensors["denoiser"]), tools)
+    family = from_recipe(recipe, folder)
+    tensors = {kind: family.model.tensors(part) for kind, part in family.components.items()}
+    loras = phases.loras(recipe, folder, tensors)
+    return Inputs(recipe, folder, family, tensors, loras, phases.encoders(loras), tools)
+
+
+def _digest(factor: TensorRef | Rows) -> str:
+    return hashing.sha256_of_bytes(factor.read_bytes())
 
 
 def _without_places(recipe: Recipe) -> Recipe:
@@ -125,4 +127,6 @@ def _without_places(recipe: Recipe) -> Recipe:
         )
         for phase in recipe.phases
     )
-    return replace(recipe, model="", phases=named, engines=("",), examples=(), distill=None)
+    decoder = recipe.decoder and Path(recipe.decoder).name
+    nowhere = replace(recipe, model="", revision=None, config=None, decoder=decoder)
+    return replace(nowhere, phases=named, engines=("",), examples=(), distill=None)

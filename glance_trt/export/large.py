@@ -7,6 +7,7 @@ of the weights files that were written.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import tempfile
@@ -21,6 +22,7 @@ from glance_trt.export import parity, trace
 from glance_trt.export.families import Family
 from glance_trt.export.guide import GuideFile
 from glance_trt.export.lora import Lora, Pair
+from glance_trt.export.model import Model
 from glance_trt.export.parity import LIMIT, Parity
 from glance_trt.export.source import Source
 from glance_trt.export.weights import TensorRef, component_tensors, read_header, torch_dtype
@@ -69,7 +71,7 @@ def check_reduced(
             progress(f"trace reduced {graph}", 0, 1)
             trace.bind(trace.trace(source, dtypes[kind]), component_tensors(part), part / f"{graph}.onnx")
             progress(f"trace reduced {graph}", 1, 1)
-            reference = parity.Reference(family, Path(name), dict.fromkeys(guides), guides)
+            reference = parity.Reference(_at(family, Path(name)), dict.fromkeys(guides), guides=guides)
             runner = open_graphs(part, {graph: f"{graph}.onnx"})
             try:
                 results += parity.check(runner, {graph: dtypes[kind]}, reference, sources, progress)
@@ -88,7 +90,7 @@ def check_fused(folder: Path, tensors: Mapping[str, TensorRef], loras: Mapping[s
     """
     results = []
     for phase, item in loras.items():
-        if item is None:
+        if item is None or not item.pairs:
             continue
         file = f"denoiser.{phase}.safetensors"
         written, names = read_header(folder / file)[0], sorted(item.pairs)
@@ -102,6 +104,13 @@ def check_fused(folder: Path, tensors: Mapping[str, TensorRef], loras: Mapping[s
                 )
         results.append(Parity(file, 0.0, 0.0))
     return results
+
+
+def _at(family: Family, folder: Path) -> Family:
+    """A family's adapter whose weights are in another folder."""
+    moved = copy.copy(family)
+    moved.model = Model(folder, folder.name)
+    return moved
 
 
 def _random_weights(source: Source, dtype: str) -> dict[str, torch.Tensor]:

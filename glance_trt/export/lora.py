@@ -1,34 +1,59 @@
-"""Reads LoRA files, in the key layouts of diffusers, PEFT and kohya, and matches them with a model's weights."""
+"""Reads LoRA files and matches them with a model's weights: layouts of diffusers, PEFT, kohya, ComfyUI and XLabs.
+
+Only headers are read, and without PyTorch: what a pair's factors hold is read when it is fused.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+import struct
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glance_trt.errors import LoraError, ModelError
+from glance_trt.export import lora_keys, lora_layouts
+from glance_trt.export.lora_keys import DENOISER, Module
 from glance_trt.export.weights import Fused, TensorRef, read_header
 
 if TYPE_CHECKING:
     import torch
 
-_DOWN = re.compile(r"(.+?)[._](?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight")
-_UP = re.compile(r"(.+?)[._](?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight")
-_ALPHA = re.compile(r"(.+?)\.(?:lora_)?alpha")
-_PREFIXES = ("base_model.model.", "unet.", "transformer.", "lora_unet_")
 PROVENANCE = "glance_trt"
 """Key of a file's metadata under which `glance-trt distill` says, as JSON, how it was made."""
-_REFUSED = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_mid": "LoCon with a Tucker core",
-}
+_NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
+"""How `struct` reads single values; bfloat16 is the upper half of float32."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor whose rows stand apart in a file, or in another order: read, it is one, as a `TensorRef` is."""
+
+    blocks: tuple[TensorRef, ...]
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name."""
+        return self.blocks[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of all blocks, one below the other."""
+        return sum(block.shape[0] for block in self.blocks), *self.blocks[0].shape[1:]
+
+    def read_bytes(self) -> bytes:
+        """The tensor's bytes."""
+        return b"".join(block.read_bytes() for block in self.blocks)
+
+    def read(self) -> torch.Tensor:
+        """The tensor, in its stored dtype; the caller owns it."""
+        import torch
+
+        return torch.cat([block.read() for block in self.blocks])
 
 
 @dataclass(frozen=True)
@@ -39,14 +64,15 @@ class Pair:
     """
 
     down: TensorRef
-    up: TensorRef
+    up: TensorRef | Rows
     scale: float
     alpha: float | None
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, its factors by the name of the weight they change.
+    """A LoRA file, its factors by the name of the weight they change: `pairs` of the denoiser, `encoders` of the text
+    encoders that it changes, by kind. One of both may be empty.
 
     `alpha` is nothing where the file does not give one for all weights alike. `scale` is that of the first weight.
     `timesteps` are those that it was trained at, where the file says that it was trained at some only.
@@ -57,6 +83,7 @@ class Lora:
     alpha: float | None
     scale: float
     timesteps: tuple[float, ...] = ()
+    encoders: dict[str, dict[str, Pair]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,15 +97,29 @@ class _Declared:
 
     def alpha_of(self, module: str) -> float | None:
         """The alpha of a module, patterns first, as PEFT matches them."""
-        return next((a for p, a in self.patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{p})", module)), self.alpha)
+        for pattern, alpha in self.patterns.items():
+            # A text encoder's names lack text_model. where a newer transformers wrote the model than the LoRA.
+            if any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in (module, f"text_model.{module}")):
+                return alpha
+        return self.alpha
 
 
-def read(path: Path, weights: Mapping[str, TensorRef], scale: float | None = None) -> Lora:
-    """Read a LoRA for a model whose tensors are `weights`.
+def read(
+    path: Path,
+    weights: Mapping[str, TensorRef],
+    scale: float | None = None,
+    encoders: Mapping[str, Mapping[str, TensorRef]] | None = None,
+) -> Lora:
+    """Read a LoRA for a model whose denoiser's tensors are `weights`, named as in diffusers.
 
-    `scale` overrides alpha / rank. Where the file has neither alpha tensors nor a configuration (diffusers' in its
-    metadata, PEFT's ``adapter_config.json`` beside ``adapter_model.safetensors``), the scale is 1. Every key must match
-    a weight, else `LoraError` lists those that do not.
+    encoders: the tensors of the model's text encoders by kind, ``text_encoder``, ``text_encoder_2`` and
+    ``text_encoder_3``; a LoRA that changes others is refused.
+
+    scale: in place of alpha / rank, for all weights. Where the file has neither alpha tensors nor a configuration
+    (diffusers' in its metadata, PEFT's ``adapter_config.json`` beside ``adapter_model.safetensors``), the scale is 1.
+
+    Raises `LoraError`: for a file that is not readable or not plain LoRA, for keys that match no weight, which it
+    lists, for a module that lacks a factor, and for factors that do not fit.
     """
     if path.is_dir():
         raise LoraError(f"{path}: a folder; expected a .safetensors file")
@@ -90,39 +131,73 @@ def read(path: Path, weights: Mapping[str, TensorRef], scale: float | None = Non
         raise LoraError(str(error)) from None
     if not tensors:
         raise LoraError(f"{path}: empty, it has no tensors")
-    for key in tensors:
-        for mark, kind in _REFUSED.items():
-            if mark in key:
-                raise LoraError(f"{path}: {key} belongs to a {kind} adapter; only plain LoRA can be fused")
-    downs, ups, alphas = _sort_keys(path, tensors, _module_names(weights))
-    for module in [*downs, *ups, *alphas]:
-        for kind, found in (("down", downs), ("up", ups)):
-            if module not in found:
-                raise LoraError(f"{path}: {module} has no {kind} factor; the file is incomplete")
-        if module in alphas and math.prod(alphas[module].shape) != 1:
-            raise LoraError(
-                f"{path}: the alpha of {module} has shape {list(alphas[module].shape)}; expected one number"
-            )
+    parts = {DENOISER: weights, **(encoders or {})}
+    layouts = {DENOISER: lora_layouts.denoiser(weights)}
+    layouts |= {kind: lora_layouts.text_encoder(refs) for kind, refs in (encoders or {}).items()}
+    modules = lora_keys.sort(path, tensors, layouts)
     declared = _declared(path, metadata)
+    pairs: dict[str, dict[str, Pair]] = {part: {} for part in parts}
+    for module in modules:
+        for name, pair in _pairs(path, module, parts[module.part], declared[module.part], scale).items():
+            if name in pairs[module.part]:
+                raise LoraError(f"{path}: {module.name} is not the only one that changes {name}")
+            pairs[module.part][name] = pair
+    every = [pair for found in pairs.values() for pair in found.values()]
+    given = {pair.alpha for pair in every}
+    changed = {part: found for part, found in pairs.items() if found and part != DENOISER}
+    alpha = every[0].alpha if len(given) == 1 else None
+    return Lora(path, pairs[DENOISER], alpha, every[0].scale, _timesteps(metadata), changed)
+
+
+def _pairs(
+    path: Path, module: Module, weights: Mapping[str, TensorRef], declared: _Declared, scale: float | None
+) -> dict[str, Pair]:
+    """The factors of the weights that a module changes, several where it is split."""
+    down, up = module.down, module.up
+    rank = down.shape[0] if down.shape else 0
+    rows = sum(stop - start for target in module.targets for start, stop in target.rows)
     pairs = {}
-    for module, down in downs.items():
-        up, base = ups[module], weights[f"{module}.weight"]
-        rank = down.shape[0] if down.shape else 0
-        expected_up = (*base.shape[:1], rank, *(1,) * len(base.shape[2:]))
-        if not rank or down.shape[1:] != base.shape[1:] or up.shape != expected_up:
+    for target in module.targets:
+        inner = weights[target.weight].shape[1:]
+        if not rank or down.shape[1:] != inner or up.shape != (rows, rank, *(1,) * len(inner[1:])):
             raise LoraError(
-                f"{path}: {module}: factors {list(up.shape)} x {list(down.shape)} do not fit the weight "
-                f"{list(base.shape)}; is it a LoRA for another model?"
+                f"{path}: {module.name}: factors {list(up.shape)} x {list(down.shape)} do not fit the weight "
+                f"{[rows, *inner]}; is it a LoRA for another model?"
             )
-        alpha = alphas[module].read().item() if module in alphas else declared.alpha_of(module)
+        name = target.weight.removesuffix(".weight")
+        alpha = _number(module.alpha) if module.alpha else declared.alpha_of(name)
         if scale is not None or alpha is None:
             chosen = 1.0 if scale is None else scale
         else:
             chosen = alpha / (math.sqrt(rank) if declared.rank_stabilised else rank)
-        pairs[f"{module}.weight"] = Pair(down, up, chosen, alpha)
-    given = {pair.alpha for pair in pairs.values()}
-    first = next(iter(pairs.values()))
-    return Lora(path, pairs, first.alpha if len(given) == 1 else None, first.scale, _timesteps(metadata))
+        pairs[target.weight] = Pair(down, _rows(up, target.rows), chosen, alpha)
+    return pairs
+
+
+def _rows(tensor: TensorRef, ranges: Sequence[tuple[int, int]]) -> TensorRef | Rows:
+    """Ranges of a tensor's rows, one below the other. Rows are contiguous, so each range is a tensor of the file."""
+    size = tensor.length // tensor.shape[0]
+    blocks = tuple(
+        TensorRef(
+            tensor.file,
+            tensor.dtype,
+            (stop - start, *tensor.shape[1:]),
+            tensor.offset + start * size,
+            (stop - start) * size,
+        )
+        for start, stop in ranges
+    )
+    return blocks[0] if len(blocks) == 1 else Rows(blocks)
+
+
+def _number(tensor: TensorRef) -> float:
+    """The only value of a tensor."""
+    with open(tensor.file, "rb") as file:
+        file.seek(tensor.offset)
+        data = file.read(tensor.length)
+    if tensor.dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    return float(struct.unpack(_NUMBERS[tensor.dtype], data)[0])
 
 
 def _timesteps(metadata: Mapping[str, str]) -> tuple[float, ...]:
@@ -147,61 +222,30 @@ def fused(base: TensorRef, pair: Pair) -> Fused:
     return Fused(base, compute)
 
 
-def _module_names(weights: Mapping[str, TensorRef]) -> dict[str, str]:
-    """Module names by every spelling that a LoRA file may use: with dots, and flattened with underscores (kohya)."""
-    modules = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
-    return {module.replace(".", "_"): module for module in modules} | {module: module for module in modules}
-
-
-def _sort_keys(
-    path: Path, tensors: Mapping[str, TensorRef], known: Mapping[str, str]
-) -> tuple[dict[str, TensorRef], dict[str, TensorRef], dict[str, TensorRef]]:
-    """Down factors, up factors and alphas by module. Raises `LoraError` for what is none of these."""
-    downs: dict[str, TensorRef] = {}
-    ups: dict[str, TensorRef] = {}
-    alphas: dict[str, TensorRef] = {}
-    unmatched = []
-    for key, tensor in tensors.items():
-        for pattern, found in ((_DOWN, downs), (_UP, ups), (_ALPHA, alphas)):
-            if (match := pattern.fullmatch(key)) and (module := _module(match[1], known)):
-                if module in found:
-                    raise LoraError(f"{path}: {key} is not the only one of its kind for {module}")
-                found[module] = tensor
-                break
-        else:
-            unmatched.append(key)
-    if unmatched:
-        shown = "\n  ".join(unmatched[:8]) + (f"\n  and {len(unmatched) - 8} more" if len(unmatched) > 8 else "")
-        raise LoraError(
-            f"{path}: {len(unmatched)} of {len(tensors)} keys match nothing in the model; is it a LoRA for another "
-            f"family or component? (Only the denoiser's are fused; a text encoder's have to be removed.)\n  {shown}"
-        )
-    return downs, ups, alphas
-
-
-def _module(name: str, known: Mapping[str, str]) -> str | None:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    # Attention processors of early diffusers versions: attn1.processor.to_out_lora, for attn1.to_out.0
-    name = name.replace(".processor.", ".")
-    return known.get(name) or known.get(f"{name}.0")
-
-
-def _declared(path: Path, metadata: Mapping[str, str]) -> _Declared:
-    """The adapter configuration that diffusers writes into the metadata, or PEFT beside the file."""
+def _declared(path: Path, metadata: Mapping[str, str]) -> dict[str, _Declared]:
+    """The adapter configurations of the model's parts, which diffusers writes into the metadata; PEFT writes one beside
+    the file, the denoiser's."""
     beside = path.with_name("adapter_config.json")
+    config: dict[str, Any] = {}
     try:
         if "lora_adapter_metadata" in metadata:
             config = json.loads(metadata["lora_adapter_metadata"])
         elif path.name == "adapter_model.safetensors" and beside.is_file():
             path, config = beside, json.loads(beside.read_text(encoding="utf-8"))
-        else:
-            return _Declared()
-        own = {key.removeprefix("unet.").removeprefix("transformer."): value for key, value in config.items()}
-        patterns = {key: float(value) for key, value in (own.get("alpha_pattern") or {}).items()}
-        for pattern in patterns:
-            re.compile(pattern)
-        alpha = own.get("lora_alpha")
-        return _Declared(None if alpha is None else float(alpha), patterns, bool(own.get("use_rslora")))
+        parts: dict[str, dict[str, Any]] = defaultdict(dict)
+        for key, value in config.items():
+            part, dot, setting = key.partition(".")
+            if not dot or part in ("unet", "transformer"):
+                part, setting = DENOISER, setting or part
+            parts[part][setting] = value
+        return defaultdict(_Declared, {part: _declare(settings) for part, settings in parts.items()})
     except (OSError, ValueError, TypeError, AttributeError, re.error) as error:
         raise LoraError(f"{path}: its adapter configuration is not readable: {error}") from None
+
+
+def _declare(settings: Mapping[str, Any]) -> _Declared:
+    patterns = {key: float(value) for key, value in (settings.get("alpha_pattern") or {}).items()}
+    for pattern in patterns:
+        re.compile(pattern)
+    alpha = settings.get("lora_alpha")
+    return _Declared(None if alpha is None else float(alpha), patterns, bool(settings.get("use_rslora")))

@@ -10,7 +10,7 @@ PyTorch is imported where the reference computes, so that results can be read wi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glance_trt.errors import ParityError
-from glance_trt.export.families import Family, source_of
+from glance_trt.export.families import Family, source_of, stored
 from glance_trt.export.fuse import GUIDE
-from glance_trt.export.lora import Lora
+from glance_trt.export.lora import Lora, Pair
 from glance_trt.export.source import Source
-from glance_trt.export.weights import TensorRef, component_tensors, torch_dtype
+from glance_trt.export.weights import TensorRef, torch_dtype
 from glance_trt.progress import Progress, silent
 from glance_trt.runtime.runners import Runner
 
@@ -62,17 +62,21 @@ class Reference:
     def __init__(
         self,
         family: Family,
-        model: Path,
         loras: Mapping[str, Lora | None],
+        encoders: Mapping[str, Mapping[str, Pair]] | None = None,
         guides: Mapping[str, GuideFile] | None = None,
     ) -> None:
-        self._family, self._model, self._loras, self._guides = family, model, loras, guides or {}
+        self._family, self._guides = family, guides or {}
+        self._pairs: dict[str, Mapping[str, Pair]] = {
+            f"denoiser.{phase}": item.pairs if item else {} for phase, item in loras.items()
+        }
+        self._pairs.update(encoders or {})
         self._sources = family.sources(self._guides)
         self._loaded: tuple[tuple[str, str], nn.Module] | None = None
-        self._stored: dict[str, TensorRef] = {}
+        self._known: dict[str, tuple[str, TensorRef]] = {}
 
-    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """What `graph` should put out for `inputs`."""
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """What `graph` should put out for `inputs`, by name."""
         import torch
 
         kind, _, phase = graph.partition(".")
@@ -81,22 +85,30 @@ class Reference:
             self._loaded = None  # frees the module before, so that one is held at a time
             self._loaded = key, self._load(kind, phase, source)
         module = self._loaded[1]
-        lora = self._loras[phase] if phase else None
-        with torch.no_grad(), _fused(module, lora, source.prefix, self._stored):
+        with torch.no_grad(), _fused(module, self._changes(graph)):
             values = [torch.from_numpy(np.asarray(inputs[port.name])) for port in source.inputs]
-            return module(*values).numpy()  # type: ignore[no-any-return]
+            found = module(*values)
+        outputs = found if isinstance(found, tuple) else (found,)
+        return {port.name: value.numpy() for port, value in zip(source.outputs, outputs, strict=True)}
 
     def _load(self, kind: str, phase: str, source: Source) -> nn.Module:
         module = source.build().float().eval()
-        tensors = self._stored = component_tensors(self._model / self._family.components[kind])
+        tensors = self._family.model.tensors(self._family.components[kind])
         if phase in self._guides:
             tensors |= {GUIDE + name: ref for name, ref in self._guides[phase].tensors.items()}
-        state = {}
-        for name in module.state_dict():
-            weight = name.removeprefix(source.prefix)
-            state[name] = (tensors.get(weight) or tensors[self._family.weight_name(weight)]).read().float()
-        module.load_state_dict(state)
+        names = {name.removeprefix(source.prefix): name for name in module.state_dict()}
+        place = self._family.model.path(self._family.components[kind])
+        found = stored(self._family, names, {name: (name, ref) for name, ref in tensors.items()}, place)
+        module.load_state_dict({names[name]: ref.read().float() for name, (_, ref) in found.items()})
+        self._known = {known: (names[name], ref) for name, (known, ref) in found.items()}
         return module
+
+    def _changes(self, graph: str) -> Iterator[tuple[str, str, Pair]]:
+        """What a LoRA changes in the loaded module: the parameter's name, the dtype it is stored in, the factors."""
+        for known, pair in self._pairs.get(graph, {}).items():
+            if known in self._known:  # a text encoder's graph may leave out the last layer
+                name, ref = self._known[known]
+                yield name, ref.dtype, pair
 
 
 class PortableRunner:
@@ -139,7 +151,12 @@ def example_inputs(
     inputs: dict[str, NDArray[Any]] = {}
     for port in source.inputs:
         shape = [dim if isinstance(dim, int) else _resolve(dim, sizes) for dim in port.shape]
-        if port.dtype == "int64":
+        if port.dtype == "uint8":
+            inputs[port.name] = rng.integers(0, 256, shape, np.uint8)
+        elif port.name.endswith("mask"):  # tokens, then padding
+            lengths = rng.integers(1, shape[1] + 1, (shape[0], 1))
+            inputs[port.name] = (np.arange(shape[1]) < lengths).astype(np.int64)
+        elif port.dtype == "int64":
             inputs[port.name] = rng.integers(0, vocabulary, shape)
         elif port.name in fixed:
             inputs[port.name] = np.array(fixed[port.name], np.float32)
@@ -171,10 +188,11 @@ def check(
         pixels = source.outputs[0].dtype == "uint8"
         for batch in batches:
             inputs = example_inputs(source, batch, np.random.default_rng(batch), latents=latents)
-            expected = reference.run(graph, inputs).astype(np.float64)
-            found = next(iter(runner.run(graph, inputs).values())).astype(np.float64)
-            largest = 1.0 if pixels else float(np.abs(expected).max())
-            error = float(np.maximum(error, np.abs(found - expected).max() / largest))
+            found = runner.run(graph, inputs)
+            for name, expected in reference.run(graph, inputs).items():
+                largest = 1.0 if pixels else float(np.abs(expected).max()) or 1.0  # a mask may be all zeros
+                differences = np.abs(found[name].astype(np.float64) - expected.astype(np.float64))
+                error = float(np.maximum(error, differences.max() / largest))
         tolerance = _PIXEL_TOLERANCE[dtype] if pixels else TOLERANCES[dtype]
         if not error <= tolerance:
             raise ParityError(
@@ -192,21 +210,21 @@ def _resolve(dim: str, sizes: Mapping[str, int]) -> int:
 
 
 @contextlib.contextmanager
-def _fused(module: nn.Module, lora: Lora | None, prefix: str, stored: Mapping[str, TensorRef]) -> Iterator[None]:
-    """While open, the weights that the LoRA names are changed by it, and rounded to the dtype they are stored in."""
+def _fused(module: nn.Module, changes: Iterable[tuple[str, str, Pair]]) -> Iterator[None]:
+    """While open, parameters are changed by a LoRA's factors, and rounded to the dtype they are stored in."""
     from torch.nn import functional as F
 
     before = {}
-    for name, pair in lora.pairs.items() if lora else ():
-        weight = before[name] = module.get_parameter(prefix + name).data
+    for name, dtype, pair in changes:
+        weight = before[name] = module.get_parameter(name).data
         down, up = pair.down.read().double(), pair.up.read().double()
         # The update's columns are what the layer's two factors, one after the other, make of unit inputs.
         linear = weight.ndim == 2
         update = F.linear(down.T, up).T if linear else F.conv2d(down.transpose(0, 1), up).transpose(0, 1)
-        changed = (weight.double() + pair.scale * update).to(torch_dtype(stored[name].dtype))
-        module.get_parameter(prefix + name).data = changed.float()
+        changed = (weight.double() + pair.scale * update).to(torch_dtype(dtype))
+        module.get_parameter(name).data = changed.float()
     try:
         yield
     finally:
         for name, weight in before.items():
-            module.get_parameter(prefix + name).data = weight
+            module.get_parameter(name).data = weight

@@ -11,12 +11,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glance_trt.errors import ModelError
+from glance_trt.export import pickles
 from glance_trt.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -52,16 +53,31 @@ class TensorRef:
         """The number of its values."""
         return math.prod(self.shape)
 
+    def read_bytes(self) -> bytes:
+        """The tensor's bytes."""
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
     def read(self) -> torch.Tensor:
         """The tensor, in its stored dtype; the caller owns it."""
         import torch
 
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            data = bytearray(file.read(self.length))
+        data = bytearray(self.read_bytes())
         if not self.length:
             return torch.empty(self.shape, dtype=torch_dtype(self.dtype))
         return torch.frombuffer(data, dtype=torch_dtype(self.dtype)).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Computed(TensorRef):
+    """A tensor that no file holds as it is: read, it is computed from what `file` holds elsewhere."""
+
+    compute: Callable[[], torch.Tensor]
+
+    def read(self) -> torch.Tensor:
+        """See `TensorRef.read`."""
+        return self.compute()
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -108,34 +124,72 @@ def component_tensors(folder: Path) -> dict[str, TensorRef]:
 
     Raises `ModelError`, for instance where there are only pickle files.
     """
-    for stem in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
-            if (folder / f"{stem}{variant}.safetensors").is_file():
-                return read_header(folder / f"{stem}{variant}.safetensors")[0]
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if index.is_file():
-                return _sharded(index)
-    if any(folder.glob("*.bin")):
+    names = sorted(path.name for path in folder.glob("*"))
+    name = preferred(names)
+    if name is None:
+        if pickled := [other for other in names if other.endswith(".bin")]:
+            raise pickles.refused(folder / pickled[0], pickles.saved_again(str(folder.parent), f"{folder.parent}-safe"))
+        others = ", ".join(other for other in names if ".safetensors" in other)
         raise ModelError(
-            f"{folder}: only pickle (.bin) weights, which can run code when read; save the model again with diffusers' "
-            "save_pretrained(..., safe_serialization=True)"
+            f"{folder}: no weights (expected diffusion_pytorch_model.safetensors or model.safetensors, in one file or "
+            f"as shards with an index{f'; there is {others}' if others else ''})"
         )
-    raise ModelError(f"{folder}: no weights (expected diffusion_pytorch_model.safetensors or model.safetensors)")
+    return _sharded(folder / name) if name.endswith(".json") else read_header(folder / name)[0]
+
+
+def preferred(names: Collection[str]) -> str | None:
+    """Of the names of the files of a component's folder, that of its weights, or of the index of their shards: those
+    without a variant, else the float16 ones. Nothing where there are none in safetensors."""
+    known = [
+        f"{stem}{name}"
+        for name in (
+            ".safetensors",
+            ".safetensors.index.json",
+            ".fp16.safetensors",
+            ".safetensors.index.fp16.json",  # as diffusers and transformers name it
+            ".fp16.safetensors.index.json",
+        )
+        for stem in ("diffusion_pytorch_model", "model")
+    ]
+    return next((name for name in known if name in names), None)
+
+
+def shards(index: Path) -> dict[str, str]:
+    """The file that each tensor is in, as the index of shards beside them has it. Raises `ModelError`."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_once)["weight_map"]
+        if strange := [file for file in found.values() if Path(file).name != file]:
+            raise ValueError(f"{strange[0]!r} is not the name of a file beside it")
+        return dict(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: not a readable index: {error}") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands twice")
+    return found
 
 
 def _sharded(index: Path) -> dict[str, TensorRef]:
-    try:
-        names = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(names.values()))
-        if strange := [file for file in files if Path(file).name != file]:
-            raise ValueError(f"{strange[0]!r} is not the name of a file beside it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: not a readable index: {error}") from None
-    shards = {file: read_header(index.parent / file)[0] for file in files}
-    for name, file in names.items():
-        if name not in shards[file]:
+    listed = shards(index)
+    found: dict[str, TensorRef] = {}
+    for file in sorted(set(listed.values())):
+        if not (index.parent / file).is_file():
+            raise ModelError(f"{index}: names {file}, which is missing; copy or download it too")
+        for name, ref in read_header(index.parent / file)[0].items():
+            if name in found:
+                other = found[name].file.name
+                raise ModelError(f"{index}: {name} is in {other} and in {file}; they are not of one model")
+            if name not in listed:
+                raise ModelError(f"{index}: does not name {name}, which is in {file}; they are not of one model")
+            found[name] = ref
+    for name, file in listed.items():
+        if name not in found or found[name].file.name != file:
             raise ModelError(f"{index}: {name} should be in {file}, which does not have it")
-    return {name: shards[file][name] for name, file in names.items()}
+    return {name: found[name] for name in listed}
 
 
 @dataclass(frozen=True)
@@ -182,7 +236,7 @@ def write(
 
 
 def _blocks(tensor: TensorRef | Fused) -> Iterable[bytes | memoryview]:
-    if isinstance(tensor, Fused):
+    if isinstance(tensor, (Fused, Computed)):
         import torch
 
         value = tensor.compute().contiguous().view(-1)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from glance_trt import strict
 from glance_trt.errors import InputError, OutputError
+from glance_trt.hashing import sha256_of_bytes
 
 _RECORD = "glance-trt"  # keyword of the PNG text chunk with the JSON record
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -38,6 +39,8 @@ class GenerationParameters:
         guidance_scale: 1 is no guidance.
         schedule, target: names in the bundle.
         width, height: pixels.
+        strength, image_sha256: of an image that it was made from, how much of the schedule ran, and the SHA-256 of its
+            file; None for one that was made from text alone.
         bundle: the bundle's name.
         bundle_sha256: 64 hexadecimal digits, of its `bundle.json`.
         version: of glance-trt.
@@ -55,6 +58,8 @@ class GenerationParameters:
     bundle: str
     bundle_sha256: str
     version: str
+    strength: float | None = None
+    image_sha256: str | None = None
 
 
 def save_png(
@@ -86,7 +91,7 @@ def save_png(
     text.add_text("parameters", _infotext(parameters))  # as iTXt where it is not Latin-1
     text.add_text(_RECORD, json.dumps(record))
     encoded = io.BytesIO()
-    _as_image(image).save(encoded, format="PNG", pnginfo=text)
+    as_image(image).save(encoded, format="PNG", pnginfo=text)
     try:
         _write_whole(Path(path), encoded.getbuffer(), overwrite)
     except FileExistsError as error:
@@ -118,6 +123,25 @@ def read_parameters(path: str | os.PathLike[str]) -> GenerationParameters:
         raise InputError(f"{name}: malformed {_RECORD} record: {error}") from error
 
 
+def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, str]:
+    """An image to start from, upright: turned as its EXIF data says, as `diffusers.utils.load_image` does.
+
+    Returns:
+        An RGB image, and the SHA-256 of its file.
+
+    Raises:
+        InputError: the file cannot be read, or is none of PNG, JPEG, WebP, BMP and TIFF.
+    """
+    try:
+        data = Path(path).read_bytes()
+        # Of PIL's formats those that are usual: others start programs (EPS) or have been little looked at.
+        with Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP", "BMP", "TIFF"]) as image:
+            return ImageOps.exif_transpose(image).convert("RGB"), sha256_of_bytes(data)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{os.fspath(path)}: cannot be read as an image: {reason}") from error
+
+
 def contact_sheet(
     images: Sequence[Image.Image | NDArray[np.uint8]], columns: int, labels: Sequence[str] | None = None
 ) -> Image.Image:
@@ -135,7 +159,7 @@ def contact_sheet(
         raise InputError(f"contact sheet: got {len(images)} images in {columns} columns; both must be at least 1")
     if labels is not None and len(labels) != len(images):
         raise InputError(f"contact sheet: got {len(labels)} labels for {len(images)} images; each needs one")
-    pictures = [_as_image(image) for image in images]
+    pictures = [as_image(image) for image in images]
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     cell_width = max(picture.width for picture in pictures)
@@ -154,9 +178,12 @@ def contact_sheet(
     return sheet
 
 
-def _as_image(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
+def as_image(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
+    """An RGB image of PIL, from one of any mode or from [H, W, 3] uint8. Raises `InputError`."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"image: got {type(image).__name__}; expected one of PIL, or an array uint8 [H, W, 3]")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise InputError(f"image: got {image.dtype} {list(image.shape)}; expected uint8 [H, W, 3]")
     return Image.fromarray(image)
@@ -170,6 +197,7 @@ def _infotext(parameters: GenerationParameters) -> str:
         "CFG scale": f"{parameters.guidance_scale:g}",
         "Seed": parameters.seed,
         "Size": f"{parameters.width}x{parameters.height}",
+        **({} if parameters.strength is None else {"Denoising strength": f"{parameters.strength:g}"}),
         "Model hash": parameters.bundle_sha256[:10],
         "Model": parameters.bundle,
         "RNG": "CPU",  # its absence would mean that the seed is one of CUDA's generator

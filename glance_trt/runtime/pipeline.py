@@ -1,56 +1,52 @@
-"""Text to images from a bundle: tokens, noise, a loop over the schedule's table, and the decoder."""
+"""Prompts to images by a bundle: conditions, a start, a loop over the schedule's table, and the decoder."""
 
 from __future__ import annotations
 
-import threading
 import time
-import warnings
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from glance_trt import limits
 from glance_trt.bundle import Bundle
 from glance_trt.errors import InputError, TargetError
-from glance_trt.prompts import PromptTruncated
 from glance_trt.requirements import unrunnable
+from glance_trt.runtime import calls, starting, tiling
+from glance_trt.runtime.calls import Values
 from glance_trt.runtime.chain import Call, by_graph
-from glance_trt.runtime.noise import initial_latents
+from glance_trt.runtime.noise import check_seed
+from glance_trt.runtime.prompting import Embeddings, TextEncoders, Tokens
 from glance_trt.runtime.runners import ChainRunner, open_runner
-from glance_trt.runtime.tokenizing import Tokenizer
+from glance_trt.runtime.settings import Settings, Wishes, settle, source_kinds
 
-Values = dict[str, NDArray[Any]]
-"""By the names that `Pipeline._calls` gives them, such as ``condition.prompt_embeds`` and ``timestep.3``."""
+if TYPE_CHECKING:
+    from typing import Unpack  # since Python 3.11; only type checkers come here
 
-_CACHED_PROMPTS = 64
 _DEFAULT_BATCH = 4
+_AT_ONCE = 64
+"""Images that go through one phase before the next where memory is low: their conditions and latents are kept."""
 _MOST_THREADS = 512
-_SHOWN_TEXT = 200  # characters of a cut prompt that a warning shows
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a prompt is denoised with, once the bundle's defaults are filled in.
+class Request:
+    """An image that is wanted. name: what errors and warnings call its prompt."""
 
-    schedule: its name. guidance_scale: 1 and negative_prompt: '' where the schedule's graphs take none.
-    """
-
-    schedule: str
-    steps: int
-    guidance_scale: float
-    negative_prompt: str
+    prompt: str
+    seed: int = 0
+    name: str = "prompt"
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """After one denoising step: its 1-based index, its phase, the latents and the step's wall-clock time.
+    """After one denoising step: its 1-based index in the schedule, its phase, the latents and the step's wall-clock
+    time.
 
     latents [B, C, H, W] float32; the caller may keep them, the next step writes a new array.
     """
@@ -77,17 +73,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, target: str, runner: ChainRunner, *, low_memory: bool = False) -> None:
         self.bundle, self.target = bundle, target
         self.runner, self._low_memory = runner, low_memory
-        manifest = bundle.manifest
-        self._tokenizers = {
-            name: Tokenizer(bundle.path(item.file), max_length=item.max_length, pad_token_id=item.pad_token_id)
-            for name, item in manifest.tokenizers.items()
-        }
-        self._sources = {
-            graph: [(port.name, *port.source.partition(".")[::2]) for port in item.inputs]
-            for graph, item in manifest.graphs.items()
-        }
-        self._embeddings: OrderedDict[bytes, dict[str, NDArray[Any]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._text = TextEncoders(bundle)
 
     @classmethod
     def open(
@@ -106,8 +92,8 @@ class Pipeline:
         target: one of the bundle's; by default the first that runs here. threads: for engines that run on the CPU, by
         default as many as there are cores. device: the GPU, as CUDA counts them. stream: the CUDA stream that engines
         run in, any object with ``__cuda_stream__``; by default one of the pipeline's own. trust: open plans that were
-        not built here. low_memory: hold the engines of one phase at a time; `generate` then takes all images through
-        one phase before the next. Raises `BundleError`, `TargetError` or `InputError`.
+        not built here. low_memory: hold one engine at a time; up to 64 images then go through one phase before the
+        next, and the text encoders are gone by then. Raises `BundleError`, `TargetError` or `InputError`.
         """
         if threads is not None and not 1 <= threads <= _MOST_THREADS:
             raise InputError(f"threads: expected 1 to {_MOST_THREADS}, got {threads}")
@@ -126,145 +112,105 @@ class Pipeline:
         *,
         seed: int = 0,
         count: int = 1,
-        negative_prompt: str | None = None,
-        guidance_scale: float | None = None,
-        schedule: str | None = None,
         batch_size: int = _DEFAULT_BATCH,
         on_step: OnStep | None = None,
+        **wishes: Unpack[Wishes],
     ) -> list[Image.Image]:
         """`count` images of the prompt; image i starts from the noise of ``seed + i``, whatever the batch size.
 
-        What is not given is taken from the bundle. A prompt that is too long is cut, with a `PromptTruncated` warning.
+        wishes: negative_prompt, guidance_scale, schedule, height, width, and for images from an image, image and
+        strength; `settings.Wishes` explains them. A prompt that is too long is cut, with a `PromptTruncated` warning.
         Raises `InputError`.
         """
-        for name, number in (("count", count), ("batch_size", batch_size)):
-            if not isinstance(number, (int, np.integer)) or number < 1:
-                raise InputError(f"{name}: expected a whole number, at least 1, got {number!r}")
-        settings = self.settings(negative_prompt=negative_prompt, guidance_scale=guidance_scale, schedule=schedule)
-        latents = self._noise(settings, seed, count)
-        conditions = self._conditions(prompt, settings)
-        batches = [latents[start : start + batch_size] for start in range(0, count, batch_size)]
-        if on_step:
-            pixels = [self._watched(batch, conditions, settings, on_step) for batch in batches]
-        else:
-            pixels = self._chained(batches, conditions, settings)
-        return [Image.fromarray(image) for batch in pixels for image in batch]
+        requests = [Request(prompt, one) for one in starting.seeds_from(seed, count)]
+        return list(self.draw(requests, self.settings(**wishes), batch_size=batch_size, on_step=on_step))
+
+    def draw(
+        self,
+        requests: Sequence[Request],
+        settings: Settings,
+        *,
+        batch_size: int = _DEFAULT_BATCH,
+        on_step: OnStep | None = None,
+    ) -> Iterator[Image.Image]:
+        """Images of any prompts and seeds, in order, each batch as soon as it is made.
+
+        All prompts and seeds are checked first: what is wrong with one is raised, as an `InputError`, before anything
+        runs.
+        """
+        if not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+            raise InputError(f"batch_size: expected a whole number, at least 1, got {batch_size!r}")
+        seeds = [check_seed(request.seed) for request in requests]
+        tokens: list[Tokens] = []
+        for (prompt, name), same in groupby(requests, key=lambda request: (request.prompt, request.name)):
+            tokens += [self._tokenize(prompt, name)] * len(list(same))
+        return self._draw(tokens, self._negative(settings), seeds, settings, int(batch_size), on_step)
 
     def pixels(
-        self,
-        prompt: str,
-        *,
-        seed: int = 0,
-        count: int = 1,
-        latents: Any = None,
-        negative_prompt: str | None = None,
-        guidance_scale: float | None = None,
-        schedule: str | None = None,
+        self, prompt: str, *, seed: int = 0, count: int = 1, latents: Any = None, **wishes: Unpack[Wishes]
     ) -> Any:
         """A batch of images [B, height, width, 3] uint8, left where the engines run; other libraries take it by DLPack.
 
         latents: to start from in place of the seed's noise, [B, C, H, W] float32, of NumPy or any library with DLPack.
         On a GPU the result is ready when the pipeline's stream comes to what is enqueued next; consumers that follow
-        the DLPack protocol wait for that. The other arguments are as in `generate`.
+        the DLPack protocol wait for that. Images that are decoded in tiles are blended on the host, and left there. The
+        other arguments are as in `generate`.
         """
-        settings = self.settings(negative_prompt=negative_prompt, guidance_scale=guidance_scale, schedule=schedule)
-        calls, values = self.prepare(prompt, settings, seed=seed, count=count, latents=latents)
-        return self.runner.chain(calls, values, ["pixels"], on_device=True).values["pixels"]
+        settings = self.settings(**wishes)
+        chain, values = self.prepare(prompt, settings, seed=seed, count=count, latents=latents)
+        last = chain[-1].outputs[0][1]
+        found = self.runner.chain(chain, values, [last], on_device=last == calls.PIXELS).values[last]
+        return found if last == calls.PIXELS else self.decode(found)
 
     def prepare(
         self, prompt: str, settings: Settings, *, seed: int = 0, count: int = 1, latents: Any = None
-    ) -> tuple[list[Call], dict[str, Any]]:
-        """What `runner.chain` takes for a batch of images: the calls of a whole image, from ``latents.0`` to
-        ``pixels``, and the values that they start from. latents: as in `pixels`."""
-        start = self._noise(settings, seed, count) if latents is None else latents
-        shape = tuple(start.shape)
-        if len(shape) != 4 or shape[1:] != self.bundle.manifest.image.latent_shape:
-            expected = ", ".join(map(str, self.bundle.manifest.image.latent_shape))
-            raise InputError(f"latents: expected [B, {expected}], got {list(shape)}")
-        values = self._values(shape[0], self._conditions(prompt, settings), settings)
-        return self._calls(settings.schedule), values | {"latents.0": start}
-
-    def steps(
-        self,
-        prompt: str,
-        *,
-        seed: int = 0,
-        count: int = 1,
-        negative_prompt: str | None = None,
-        guidance_scale: float | None = None,
-        schedule: str | None = None,
-    ) -> Iterator[StepResult]:
-        """Denoise a batch of `count` images, one step at a time; arguments as in `generate`."""
-        settings = self.settings(negative_prompt=negative_prompt, guidance_scale=guidance_scale, schedule=schedule)
-        latents = self._noise(settings, seed, count)
-        return self._denoise(latents, self._conditions(prompt, settings), settings)
-
-    def settings(
-        self,
-        *,
-        negative_prompt: str | None = None,
-        guidance_scale: float | None = None,
-        schedule: str | None = None,
-    ) -> Settings:
-        """What `generate` makes of these arguments. Raises `InputError`."""
+    ) -> tuple[list[Call], Values]:
+        """What `runner.chain` takes for a batch of images: the calls of a whole image, to ``pixels``, and the values
+        that they start from. latents: as in `pixels`. Where images are decoded in tiles, the last calls are the steps,
+        and what they put out is for `decode`."""
+        tokens, negative = self._tokenize(prompt), self._negative(settings)
+        if latents is None:
+            start = self._start(settings, starting.seeds_from(seed, count))
+        elif settings.image is not None:
+            raise InputError("latents: to start from, and an image as well; give one of them")
+        else:
+            start = latents
+        shape, expected = tuple(start.shape), self._latent_shape(settings)
+        if len(shape) != 4 or shape[1:] != expected:
+            raise InputError(f"latents: expected [B, {', '.join(map(str, expected))}], got {list(shape)}")
         manifest = self.bundle.manifest
-        name = next(iter(manifest.schedules)) if schedule is None else schedule
-        if name not in manifest.schedules:
-            raise InputError(f"schedule {name!r}: this bundle has {', '.join(manifest.schedules)}")
-        kinds = self._kinds(name)
-        scale, negative = 1.0, ""
-        if "guidance_scale" in kinds:
-            scale = manifest.guidance.scale if guidance_scale is None else guidance_scale
-            if not _is_float32(scale):
-                raise InputError(f"guidance scale: expected a finite number, got {scale!r}")
-            if (bounds := manifest.guidance.range) and not bounds[0] <= scale <= bounds[1]:
-                raise InputError(
-                    f"guidance scale: {scale:g} is outside {bounds[0]:g} to {bounds[1]:g}, which the guide in this "
-                    "bundle was trained for"
-                )
-        elif guidance_scale is not None:
-            raise InputError("guidance scale: this bundle was built without guidance; leave it out")
-        if "negative" in kinds:
-            negative = manifest.guidance.negative_prompt if negative_prompt is None else negative_prompt
-        elif negative_prompt is not None:
-            raise InputError("negative prompt: this bundle takes none, it evaluates no second prompt; leave it out")
-        return Settings(name, len(manifest.schedules[name].steps), float(scale), negative)
+        values = calls.values(manifest, self._conditions([tokens] * shape[0], negative), settings)
+        return calls.of_image(manifest, settings), values | {calls.first_latents(manifest, settings): start}
+
+    def steps(self, prompt: str, *, seed: int = 0, count: int = 1, **wishes: Unpack[Wishes]) -> Iterator[StepResult]:
+        """Denoise a batch of `count` images, one step at a time; arguments as in `generate`."""
+        settings = self.settings(**wishes)
+        _, values = self.prepare(prompt, settings, seed=seed, count=count)
+        return self._denoise(calls.of_steps(self.bundle.manifest, settings), values)
+
+    def settings(self, **wishes: Unpack[Wishes]) -> Settings:
+        """What `generate` makes of these arguments. Raises `InputError`."""
+        return settle(self.bundle.manifest, **wishes)
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """latents [B, C, H, W] float32 to pixels [B, height, width, 3] uint8."""
-        return self._run(self._call("decoder", "pixels", "latents"), {"latents": latents})
+        """latents [B, C, H, W] float32 to pixels [B, height, width, 3] uint8, in tiles where the images are large."""
+        manifest, scale = self.bundle.manifest, self.bundle.manifest.image.latent_scale
+        call = calls.of_graph(manifest, "decoder", calls.PIXELS, "latents")
 
-    def encode(self, prompt: str, *, name: str = "prompt") -> dict[str, NDArray[Any]]:
-        """The text encoder's outputs for one prompt, by name, each [1, ...]; shared and therefore read-only.
+        def decode(latents: NDArray[np.float32]) -> NDArray[np.uint8]:
+            return self._run(call, {"latents": latents})
+
+        if not calls.is_tiled(manifest, *(side * scale for side in latents.shape[2:])):
+            return decode(latents)
+        side, overlap = manifest.image.tile
+        return tiling.decode(latents, decode, scale=scale, side=side, overlap=overlap)
+
+    def encode(self, prompt: str, *, name: str = "prompt") -> Embeddings:
+        """The text encoders' outputs for one prompt, by name, each [1, ...]; shared and therefore read-only.
 
         `name` is what errors and warnings call the prompt. Raises `InputError`.
         """
-        feeds: dict[str, NDArray[Any]] = {}
-        for port, _, tokenizer in self._sources["text_encoder"]:
-            try:
-                encoded = self._tokenizers[tokenizer].encode(prompt)
-            except InputError as error:
-                raise InputError(str(error).replace("prompt", name, 1)) from None
-            if encoded.dropped:
-                limit = self.bundle.manifest.tokenizers[tokenizer].max_length
-                cut = encoded.dropped.strip()
-                cut = cut if len(cut) <= _SHOWN_TEXT else f"{cut[: _SHOWN_TEXT - 3]}..."
-                text = f"{name}: longer than the {limit} tokens of the text encoder; cut: {cut!r}"
-                warnings.warn(text, PromptTruncated, stacklevel=2)
-            feeds[port] = encoded.ids[np.newaxis]
-        key = b"".join(ids.tobytes() for ids in feeds.values())
-        with self._lock:
-            if key in self._embeddings:
-                self._embeddings.move_to_end(key)
-                return self._embeddings[key]
-        result = self.runner.run("text_encoder", feeds)
-        for value in result.values():
-            value.flags.writeable = False
-        with self._lock:
-            self._embeddings[key] = result
-            if len(self._embeddings) > _CACHED_PROMPTS:
-                self._embeddings.popitem(last=False)
-        return result
+        return self._text.encode([self._text.tokenize(prompt, name)], self.runner.run)[0]
 
     def close(self) -> None:
         """Release the engines."""
@@ -276,85 +222,88 @@ class Pipeline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _kinds(self, schedule: str) -> set[str]:
-        """What the graphs of a schedule are fed: the kinds of their inputs' sources."""
-        phases = {step.phase for step in self.bundle.manifest.schedules[schedule].steps}
-        return {kind for phase in phases for _, kind, _ in self._sources[f"denoiser.{phase}"]}
-
-    def _conditions(self, prompt: str, settings: Settings) -> Values:
-        """The text encoder's outputs, for one image."""
+    def _tokenize(self, prompt: str, name: str = "prompt") -> Tokens:
         if isinstance(prompt, str) and not prompt.strip():
-            raise InputError("prompt: empty; say what the image should show")
-        values = {f"condition.{name}": value for name, value in self.encode(prompt).items()}
-        if "negative" in self._kinds(settings.schedule):
-            encoded = self.encode(settings.negative_prompt, name="negative prompt")
-            values |= {f"negative.{name}": value for name, value in encoded.items()}
-        return values
+            raise InputError(f"{name}: empty; say what the image should show")
+        return self._text.tokenize(prompt, name)
 
-    def _noise(self, settings: Settings, seed: int, count: int) -> NDArray[np.float32]:
-        scale = self.bundle.manifest.schedules[settings.schedule].initial_noise_scale
-        return initial_latents(self.bundle.manifest.image.latent_shape, seed, count) * np.float32(scale)
+    def _negative(self, settings: Settings) -> Tokens | None:
+        """The negative prompt, where a graph of the schedule takes it."""
+        if "negative" not in source_kinds(self.bundle.manifest, settings.schedule):
+            return None
+        return self._text.tokenize(settings.negative_prompt, "negative prompt")
 
-    def _values(self, batch: int, conditions: Values, settings: Settings) -> Values:
-        """All that the calls of a schedule take, but the latents."""
-        values = {name: np.repeat(value, batch, axis=0) for name, value in conditions.items()}
-        values["guidance_scale"] = np.array(settings.guidance_scale, np.float32)
-        for i, step in enumerate(self.bundle.manifest.schedules[settings.schedule].steps):
-            values[f"timestep.{i}"] = np.array(step.timestep, np.float32)
-            values[f"coefficients.{i}"] = np.array(step.coefficients, np.float32)
-        return values
+    def _conditions(self, tokens: Sequence[Tokens], negative: Tokens | None) -> list[Values]:
+        """Of each image, what the text encoders put out, [1, ...]."""
+        found = self._text.encode([*tokens, *([negative] if negative else [])], self.runner.run)
+        shared = {f"negative.{name}": value for name, value in found.pop().items()} if negative else {}
+        return [{f"condition.{name}": value for name, value in own.items()} | shared for own in found]
 
-    def _calls(self, schedule: str) -> list[Call]:
-        """The graphs of a whole image: the steps of a schedule, from ``latents.0`` on, and the decoder."""
-        steps = self.bundle.manifest.schedules[schedule].steps
-        calls = [
-            self._call(f"denoiser.{step.phase}", f"latents.{i + 1}", f"latents.{i}", i) for i, step in enumerate(steps)
-        ]
-        return [*calls, self._call("decoder", "pixels", f"latents.{len(steps)}")]
+    def _start(self, settings: Settings, seeds: Sequence[int]) -> NDArray[np.float32]:
+        """The latents of images [B, C, H, W] before the first step that runs."""
+        manifest = self.bundle.manifest
+        schedule, shape = manifest.schedules[settings.schedule], self._latent_shape(settings)
+        if settings.image is None:
+            return starting.from_noise(shape, seeds) * np.float32(schedule.initial_noise_scale)
+        call, given = calls.of_graph(manifest, "encoder", "encoded"), {"image": np.asarray(settings.image)[np.newaxis]}
+        return starting.from_image(
+            lambda noise: self._run(call, given | {"noise": noise}),
+            shape,
+            seeds,
+            schedule.steps[calls.first_step(manifest, settings)].mix,
+            posterior=any(name == "noise" for _, name in call.inputs),
+        )
 
-    def _call(self, graph: str, output: str, latents: str, step: int = 0) -> Call:
-        def name(kind: str, rest: str) -> str:
-            if kind == "latents":
-                return latents
-            return f"{rest}.{step}" if kind == "table" else f"{kind}.{rest}" if rest else kind
+    def _draw(
+        self,
+        tokens: Sequence[Tokens],
+        negative: Tokens | None,
+        seeds: Sequence[int],
+        settings: Settings,
+        batch_size: int,
+        on_step: OnStep | None,
+    ) -> Iterator[Image.Image]:
+        manifest, chain = self.bundle.manifest, calls.of_image(self.bundle.manifest, settings)
+        # Where one engine is held at a time, it is worth opening for many images only.
+        parts = list(by_graph(chain)) if self._low_memory else [chain]
+        at_once = batch_size * (max(_AT_ONCE // batch_size, 1) if self._low_memory else 1)
+        for start in range(0, len(seeds), at_once):
+            conditions = self._conditions(tokens[start : start + at_once], negative)
+            latents = self._start(settings, seeds[start : start + at_once])
+            batches = [slice(i, i + batch_size) for i in range(0, len(latents), batch_size)]
+            found, given = [latents[batch] for batch in batches], calls.first_latents(manifest, settings)
+            for part in parts:
+                for i, batch in enumerate(batches):
+                    values = calls.values(manifest, conditions[batch], settings) | {given: found[i]}
+                    found[i] = self._advance(part, values, on_step)
+                given = part[-1].outputs[0][1]
+            for pixels in found if given == calls.PIXELS else map(self.decode, found):
+                yield from map(Image.fromarray, pixels)
 
-        inputs = tuple((port, name(kind, rest)) for port, kind, rest in self._sources[graph])
-        return Call(graph, inputs, ((self.bundle.manifest.graphs[graph].outputs[0].name, output),))
-
-    def _chained(
-        self, batches: list[NDArray[np.float32]], conditions: Values, settings: Settings
-    ) -> list[NDArray[np.uint8]]:
-        """Batches of noise to pixels, nothing leaving the engines' device in between, or with `low_memory` only where
-        the phase changes."""
-        values = {size: self._values(size, conditions, settings) for size in {len(batch) for batch in batches}}
-        calls, first = self._calls(settings.schedule), "latents.0"
-        found: list[NDArray[Any]] = list(batches)
-        for part in by_graph(calls) if self._low_memory else [calls]:
-            last = part[-1].outputs[0][1]
-            found = [
-                self.runner.chain(part, values[len(batch)] | {first: batch}, [last]).values[last] for batch in found
-            ]
-            first = last
-        return found
-
-    def _watched(
-        self, latents: NDArray[np.float32], conditions: Values, settings: Settings, on_step: OnStep
-    ) -> NDArray[np.uint8]:
-        for result in self._denoise(latents, conditions, settings):
+    def _advance(self, part: Sequence[Call], values: Values, on_step: OnStep | None) -> Any:
+        """Run calls on a batch; what the last one puts out. Nothing leaves the engines' device in between, unless there
+        is someone to look at it."""
+        last = part[-1].outputs[0][1]
+        if on_step is None:
+            return self.runner.chain(part, values, [last]).values[last]
+        for result in self._denoise([call for call in part if call.graph != "decoder"], values):
             on_step(result)
-        return self.decode(result.latents)
+        return self._run(part[-1], values) if last == calls.PIXELS else values[last]
 
-    def _denoise(self, latents: NDArray[np.float32], conditions: Values, settings: Settings) -> Iterator[StepResult]:
-        values = self._values(len(latents), conditions, settings)
-        steps = self.bundle.manifest.schedules[settings.schedule].steps
-        for i, (step, call) in enumerate(zip(steps, self._calls(settings.schedule), strict=False)):
-            start = time.perf_counter()
-            latents = self._run(call, values | {f"latents.{i}": latents})
-            yield StepResult(i + 1, step.phase, latents, (time.perf_counter() - start) * 1e3)
+    def _denoise(self, steps: Sequence[Call], values: Values) -> Iterator[StepResult]:
+        """Run steps one by one; the latents after each are added to `values`."""
+        for call in steps:
+            start, name = time.perf_counter(), call.outputs[0][1]
+            latents = values[name] = self._run(call, values)
+            milliseconds = (time.perf_counter() - start) * 1e3
+            yield StepResult(int(name.partition(".")[2]), call.graph.partition(".")[2], latents, milliseconds)
 
     def _run(self, call: Call, values: Values) -> NDArray[Any]:
         feeds = {port: values[name] for port, name in call.inputs}
         return self.runner.run(call.graph, feeds)[call.outputs[0][0]]
+
+    def _latent_shape(self, settings: Settings) -> tuple[int, int, int]:
+        return self.bundle.manifest.image.latents_of(settings.height, settings.width)
 
 
 def _choose(bundle: Bundle, target: str | None, device: int) -> str:
@@ -371,7 +320,3 @@ def _choose(bundle: Bundle, target: str | None, device: int) -> str:
     if target not in engines:
         raise TargetError(f"target {target!r}: this bundle has engines for {', '.join(engines) or 'none'}")
     return target
-
-
-def _is_float32(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and bool(-limits.FLOAT32 <= value <= limits.FLOAT32)

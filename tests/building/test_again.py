@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glance_trt.bundle import Bundle
-from glance_trt.errors import OutputError
+from glance_trt.errors import OutputError, RecipeError
 
 from ..models.recipes import RECIPE
 from .conftest import BUILT, Home, contents
@@ -131,3 +131,19 @@ def test_an_interrupted_build_goes_on_where_it_stopped(home: Home, first: Home) 
     assert contents(home.output).keys() == contents(first.output).keys()
     Bundle.open(home.output).verify()
     assert sorted(os.listdir(home.output.parent)) == BUILT
+
+
+def test_another_lora_scale_rewrites_its_phase_alone(built: Home) -> None:
+    stages = built.stages(lora_scales={"fast": 0.5}, overwrite=True)
+    assert [stage for stage in stages if stage.startswith(("trace", "write"))] == ["write denoiser.fast"]
+    scales = {lora.phase: lora.scale for lora in Bundle.open(built.output).manifest.provenance.loras}
+    assert scales == {"slow": 3.0, "fast": 0.5}
+    assert built.build(lora_scales={"fast": 0.5}).unchanged
+    built.build(lora_scales={None: 0.25, "fast": 0.5}, overwrite=True)
+    scales = {lora.phase: lora.scale for lora in Bundle.open(built.output).manifest.provenance.loras}
+    assert scales == {"slow": 0.25, "fast": 0.5}
+
+
+def test_a_lora_scale_for_a_phase_without_a_lora_is_refused(built: Home) -> None:
+    with pytest.raises(RecipeError, match=r"--lora-scale: the recipe has no phase 'middle' with a LoRA .*: slow, fast"):
+        built.build(lora_scales={"middle": 1.0})

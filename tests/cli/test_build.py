@@ -57,6 +57,21 @@ def test_arguments_reach_the_library_and_the_bundle_is_printed(
     ]
 
 
+def test_lora_scales_are_for_all_phases_or_one(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+
+    def record(*_: Any, lora_scales: Any, **__: Any) -> build.Report:
+        found.append(lora_scales)
+        return report(tiny_bundle)
+
+    monkeypatch.setattr(build, "build", record)
+    run("build", "r.yaml", "-o", "x.bundle", "--lora-scale", "0.5", "--lora-scale", "slow=-1")
+    assert found == [{None: 0.5, "slow": -1.0}]
+    for wrong in ("nan", "=1", "slow", "slow="):
+        shown = run("build", "r.yaml", "-o", "x.bundle", "--lora-scale", wrong)
+        assert (shown.code, f"expected a number, or PHASE=NUMBER, got {wrong!r}" in shown.err) == (2, True)
+
+
 def test_bundle_that_is_there_already_is_printed_as_well(
     run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

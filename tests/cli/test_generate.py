@@ -109,15 +109,15 @@ def test_sheet_shows_every_image(run: Run, tiny_bundle: Path) -> None:
 
 
 def test_images_are_written_batch_by_batch(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate, seen = Pipeline.generate, []
+    advance, seen = Pipeline._advance, []
 
-    def spy(pipeline: Pipeline, prompt: str, **arguments: Any) -> list[Image.Image]:
-        seen.append((prompt, arguments["seed"], arguments["count"], len(list(Path("out").glob("*.png")))))
-        return generate(pipeline, prompt, **arguments)
+    def spy(pipeline: Pipeline, part: Any, values: Any, on_step: Any) -> Any:
+        seen.append((len(values["latents.0"]), len(list(Path("out").glob("*.png")))))
+        return advance(pipeline, part, values, on_step)
 
-    monkeypatch.setattr(Pipeline, "generate", spy)
+    monkeypatch.setattr(Pipeline, "_advance", spy)
     assert run("generate", tiny_bundle, "a", "b", "-n", 3, "--batch-size", 2, "--seed", 5, "-o", "out").code == 0
-    assert seen == [("a", 5, 2, 0), ("a", 7, 1, 2), ("b", 5, 2, 3), ("b", 7, 1, 5)]
+    assert seen == [(2, 0), (2, 2), (2, 4)], "the second batch is of both prompts"
 
 
 def test_every_step_is_reported(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

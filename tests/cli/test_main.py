@@ -77,6 +77,19 @@ def test_every_option_is_explained(name: str) -> None:
             assert parameter.help.endswith("."), parameter.name
 
 
+def test_a_misspelt_command_is_answered_with_the_right_one(run: Run) -> None:
+    shown = run("genrate")
+    assert (shown.code, shown.out) == (2, "")
+    assert "No such command 'genrate'; did you mean 'generate'?" in shown.err
+
+
+def test_the_package_runs_as_the_command_line() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "glance_trt", "--version"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("glance-trt, version ")
+
+
 def test_help_of_all_commands_takes_under_a_second_of_cpu_and_loads_nothing_heavy() -> None:
     code = f"""
 import sys, time

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from glance_trt.distill.base import Base, load_base
 from glance_trt.distill.data import Examples
 from glance_trt.export.families import open_model
+from glance_trt.export.model import Model
 from glance_trt.recipe import Distill, Guidance, Lora, Phase, Recipe
 
 
@@ -76,7 +77,7 @@ def by_diffusers(
 
 @pytest.fixture
 def scheduler_config(tiny_model: Path, make_recipe: Callable[..., Recipe]) -> Mapping[str, Any]:
-    return open_model(tiny_model, make_recipe()).scheduler_config()
+    return open_model(Model(tiny_model, "tiny"), make_recipe()).scheduler_config()
 
 
 @pytest.fixture

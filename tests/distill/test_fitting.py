@@ -13,7 +13,7 @@ from glance_trt.distill.fitting import Loss
 from glance_trt.errors import OutputError, TrainingError
 from glance_trt.recipe import Distill
 
-SETTINGS = Distill(prompt="", steps=9, learning_rate=0.01, weight_decay=0.1)
+SETTINGS = Distill(prompt="a star", steps=9, learning_rate=0.01, weight_decay=0.1)
 IDENTITY = {"lr": 0.01}
 
 
@@ -63,7 +63,7 @@ def test_a_run_lengthened_in_two_calls_is_bit_identical_to_one(
     tmp_path: Path, read_log: Callable[[Path], list[dict[str, str]]]
 ) -> None:
     whole = Regression().fit(tmp_path / "a")
-    Regression().fit(tmp_path / "b", Distill(prompt="", steps=5, learning_rate=0.01, weight_decay=0.1))
+    Regression().fit(tmp_path / "b", Distill(prompt="a star", steps=5, learning_rate=0.01, weight_decay=0.1))
     parts = Regression().fit(tmp_path / "b")
     assert torch.equal(whole[0].weight, parts[0].weight)
     losses = [[row["loss"] for row in read_log(tmp_path / part / "x.loss.csv")] for part in "ab"]
@@ -126,7 +126,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     ):
         Regression().fit(tmp_path, lr=0.02)
     with pytest.raises(TrainingError, match=r"x\.pt: a checkpoint of step 9, and the recipe asks for 3 steps\. Delete"):
-        Regression().fit(tmp_path, Distill(prompt="", steps=3, learning_rate=0.01, weight_decay=0.1))
+        Regression().fit(tmp_path, Distill(prompt="a star", steps=3, learning_rate=0.01, weight_decay=0.1))
     other = Regression()
     other.module[1].requires_grad_(True)
     with pytest.raises(TrainingError, match=r"x\.pt: its parameters are not those that are trained now"):

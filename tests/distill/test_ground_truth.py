@@ -37,7 +37,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 
 def settings(batch_size: int = 1, caption_dropout: float = 0.0) -> Distill:
-    return Distill(prompt="", batch_size=batch_size, caption_dropout=caption_dropout)
+    return Distill(prompt="a star", batch_size=batch_size, caption_dropout=caption_dropout)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

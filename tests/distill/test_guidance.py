@@ -46,7 +46,7 @@ def make_teacher(
 
 
 def settings(**changes: Any) -> Distill:
-    given = {"prompt": "", "rank": 4, "alpha": 16.0, "steps": 40, "learning_rate": 0.02, "batch_size": 4}
+    given = {"prompt": "a star", "rank": 4, "alpha": 16.0, "steps": 40, "learning_rate": 0.02, "batch_size": 4}
     return Distill(**{**given, **changes})
 
 

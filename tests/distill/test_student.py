@@ -33,7 +33,14 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def settings(guide: str | None = None, **changes: object) -> Distill:
-    given = {"prompt": "", "rank": 2, "alpha": 6.0, "steps": 3, "learning_rate": 0.02, "guide": guide or "embedding"}
+    given = {
+        "prompt": "a star",
+        "rank": 2,
+        "alpha": 6.0,
+        "steps": 3,
+        "learning_rate": 0.02,
+        "guide": guide or "embedding",
+    }
     return Distill(**{**given, **changes})  # type: ignore[arg-type]
 
 

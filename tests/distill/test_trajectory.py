@@ -24,7 +24,7 @@ KNOTS = (1, 3, 6)
 
 
 def settings(**changes: Any) -> Distill:
-    return Distill(prompt="", **{"batch_size": 4, **changes})
+    return Distill(prompt="a star", **{"batch_size": 4, **changes})
 
 
 @pytest.fixture

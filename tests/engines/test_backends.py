@@ -79,10 +79,10 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(monkey
     cpu, cuda = Target("cpu", "onnxruntime"), Target("cuda", "onnxruntime-gpu", "float16")
     assert backends.unavailable(cpu) is None
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else name)
-    assert backends.unavailable(cpu) == "onnxruntime is not installed; pip install 'glance-trt[cpu]'"
+    assert backends.unavailable(cpu) == "onnxruntime is not installed; pip install onnxruntime"
     assert backends.unavailable(cuda) is None, "building it runs nothing"
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    assert backends.unavailable(cuda) == "onnx is not installed; pip install 'glance-trt[export]'"
+    assert backends.unavailable(cuda) == "onnx is not installed; pip install onnx"
 
 
 @pytest.mark.parametrize(

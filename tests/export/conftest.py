@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from glance_trt.export.families import Family, open_model
+from glance_trt.export.model import Model
 from glance_trt.export.weights import TensorRef, component_tensors
 from glance_trt.recipe import Guidance, Phase, Recipe
 
@@ -18,8 +19,8 @@ def make_recipe() -> Callable[..., Recipe]:
     """Makes a recipe for the tiny model; keyword arguments replace its parts."""
 
     def make(**changes: Any) -> Recipe:
-        parts: dict[str, Any] = {"height": 16, "width": 16, "guidance": Guidance(rescale=0.7)}
-        return Recipe(name="tiny", model="model", phases=(Phase("all", (1, 50)),), **(parts | changes))
+        parts: dict[str, Any] = {"model": "model", "height": 16, "width": 16, "guidance": Guidance(rescale=0.7)}
+        return Recipe(name="tiny", phases=(Phase("all", (1, 50)),), **(parts | changes))
 
     return make
 
@@ -27,7 +28,7 @@ def make_recipe() -> Callable[..., Recipe]:
 @pytest.fixture
 def family(tiny_model: Path, make_recipe: Callable[..., Recipe]) -> Family:
     """The tiny model's adapter, for guidance with rescale."""
-    return open_model(tiny_model, make_recipe())
+    return open_model(Model(tiny_model, "tiny"), make_recipe())
 
 
 @pytest.fixture(scope="session")

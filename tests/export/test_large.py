@@ -17,6 +17,7 @@ from glance_trt.errors import ParityError
 from glance_trt.export import fuse, guide, large, lora, parity, weights
 from glance_trt.export.families.stable_diffusion import StableDiffusion
 from glance_trt.export.guide import GuideFile
+from glance_trt.export.model import Model
 from glance_trt.export.weights import TensorRef, read_header
 from glance_trt.recipe import Recipe
 from glance_trt.runtime.runners import Runner
@@ -57,7 +58,9 @@ def full_size(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> StableDiffu
     for part, config in CONFIGS.items():
         (tmp_path / "large" / part).mkdir(parents=True)
         (tmp_path / "large" / part / "config.json").write_text(json.dumps(config))
-    return StableDiffusion(tmp_path / "large", make_recipe())
+    index = {"text_encoder": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "large" / "model_index.json").write_text(json.dumps(index))
+    return StableDiffusion(Model(tmp_path / "large", "large"), make_recipe())
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def _trace_once(traced: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_reduced_model_has_the_blocks_of_the_large_one(reduced: StableDiffusion) -> None:
     step = reduced.sources()["denoiser"].build()
-    small = {type(module).__name__ for module in step.unet.modules()}
+    small = {type(module).__name__ for module in step.denoiser.modules()}
     with torch.device("meta"):
         whole = UNet2DConditionModel.from_config(CONFIGS["unet"])
     assert small == {type(module).__name__ for module in whole.modules()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -158,6 +160,34 @@ def test_a_file_without_alpha_has_scale_one(
     assert {(pair.alpha, pair.scale) for pair in found.pairs.values()} == {(None, 1.0)}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_alphas_are_read_in_every_dtype(
+    unet_weights: Refs, tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    alpha = {f"{TO_Q}.alpha": torch.full(shape, 3, dtype=dtype)}
+    factors = {f"{TO_Q}.lora_A.weight": torch.ones(2, 8), f"{TO_Q}.lora_B.weight": torch.ones(8, 2)}
+    found = _read(factors | alpha, tmp_path, unet_weights)
+    assert (found.alpha, found.scale) == (3.0, 1.5)
+
+
+def test_reading_takes_no_pytorch(
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], tiny_model: Path, tmp_path: Path
+) -> None:
+    save_file(_kohya(factors), tmp_path / "kohya.safetensors")
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from pathlib import Path\n"
+        "from glance_trt.export import lora, weights\n"
+        "unet = weights.component_tensors(Path(sys.argv[1]))\n"
+        "found = lora.read(Path(sys.argv[2]), unet, encoders={'text_encoder': unet})\n"
+        "print(len(found.pairs), found.alpha)"
+    )
+    command = [sys.executable, "-c", script, str(tiny_model / "unet"), str(tmp_path / "kohya.safetensors")]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert output.split() == [str(len(factors)), str(ALPHA)]
+
+
 def test_an_explicit_scale_replaces_alpha_over_rank(diffusers_file: Path, unet_weights: Refs) -> None:
     found = lora.read(diffusers_file, unet_weights, 0.25)
     assert {pair.scale for pair in found.pairs.values()} == {0.25}
@@ -230,6 +260,10 @@ def test_a_convolution_whose_up_factor_is_spatial_is_refused(unet_weights: Refs,
         ({"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, "belongs to a LoHa adapter"),
         ({"lora_unet_conv_in.lokr_w1": torch.ones(1)}, "belongs to a LoKr adapter"),
         ({"lora_unet_conv_in.lora_mid.weight": torch.ones(1)}, "belongs to a LoCon with a Tucker core adapter"),
+        ({"lora_unet_conv_in.oft_blocks": torch.ones(1)}, "belongs to an OFT adapter"),
+        ({"conv_in.lora_B.bias": torch.ones(1)}, "belongs to a LoRA with biases"),
+        ({"diffusion_model.conv_in.diff": torch.ones(1)}, "belongs to a difference of whole weights"),
+        ({"text_model.token_embedding.lora_embedding_A": torch.ones(1)}, "belongs to a LoRA of an embedding"),
         ({}, "empty, it has no tensors"),
     ],
 )

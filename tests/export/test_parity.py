@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from glance_trt.errors import ParityError
 from glance_trt.export import lora, parity
-from glance_trt.export.families import Family, open_model
+from glance_trt.export.families import Family, open_model, stored
+from glance_trt.export.model import Model
 from glance_trt.export.weights import TensorRef, component_tensors
 from glance_trt.recipe import Recipe
 
@@ -26,11 +27,11 @@ class Altered:
         self.reference, self.factor, self.batches = reference, factor, []
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        found = self.reference.run(graph, inputs)
+        ((name, found),) = self.reference.run(graph, inputs).items()
         self.batches.append(len(found))
         if found.dtype == np.uint8:
-            return {"images": np.clip(found.astype(int) + self.factor, 0, 255).astype(np.uint8)}
-        return {"out": (found * self.factor).astype(np.float32)}
+            return {name: np.clip(found.astype(int) + self.factor, 0, 255).astype(np.uint8)}
+        return {name: (found * self.factor).astype(np.float32)}
 
     def close(self) -> None:
         pass
@@ -38,7 +39,7 @@ class Altered:
 
 @pytest.fixture
 def reference(family: Family, tiny_model: Path) -> parity.Reference:
-    return parity.Reference(family, tiny_model, {"all": None})
+    return parity.Reference(family, {"all": None})
 
 
 def _check(reference: parity.Reference, family: Family, graph: str, factor: float, dtype: str) -> list[parity.Parity]:
@@ -94,11 +95,11 @@ def test_the_reference_is_diffusers_unet_with_the_lora_that_diffusers_loads(
     (tmp_path / "unet").unlink()
     UNet2DConditionModel.from_pretrained(tiny_model / "unet", dtype=dtype).save_pretrained(tmp_path / "unet")
     file = write_lora(tmp_path / "lora.safetensors", targets=("to_q", "to_out.0", "conv1"))
-    family = open_model(tmp_path, make_recipe())
+    family = open_model(Model(tmp_path, "tiny"), make_recipe())
     found = lora.read(file, component_tensors(tmp_path / "unet"))
-    reference = parity.Reference(family, tmp_path, {"slow": found, "fast": None})
+    reference = parity.Reference(family, {"slow": found, "fast": None})
     inputs = parity.example_inputs(family.sources()["denoiser"], 2, np.random.default_rng(0))
-    changed, base = reference.run("denoiser.slow", inputs), reference.run("denoiser.fast", inputs)
+    changed, base = (reference.run(f"denoiser.{name}", inputs)["latents_out"] for name in ("slow", "fast"))
     assert np.abs(changed - base).max() > 1e-2 * np.abs(base).max()
 
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "unet", dtype=torch.float32)
@@ -136,11 +137,12 @@ def test_the_reference_reads_the_names_of_early_files(
             tensors = {f"text_model.{n.removeprefix('text_model.')}": t for n, t in tensors.items()}
             tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
         save_file(tensors, tmp_path / part / file)
-    family = open_model(tmp_path, make_recipe())
-    early = parity.Reference(family, tmp_path, {"all": None})
+    family = open_model(Model(tmp_path, "tiny"), make_recipe())
+    early = parity.Reference(family, {"all": None})
     for graph in ("decoder", "text_encoder"):
         inputs = parity.example_inputs(family.sources()[graph], 2, np.random.default_rng(0))
-        assert np.array_equal(early.run(graph, inputs), reference.run(graph, inputs))
+        ((name, found),) = early.run(graph, inputs).items()
+        assert np.array_equal(found, reference.run(graph, inputs)[name])
 
 
 def test_portable_graphs_run_where_no_engine_is(
@@ -151,7 +153,7 @@ def test_portable_graphs_run_where_no_engine_is(
 
     refs: dict[str, TensorRef] = component_tensors(tiny_model / "text_encoder")
     source = family.sources()["text_encoder"]
-    chosen = {n: refs.get(n) or refs[family.weight_name(n)] for n in trace.parameter_names(source)}
+    chosen = stored(family, trace.parameter_names(source), refs, tiny_model)
     weights.write(tmp_path / "w.safetensors", chosen)
     trace.bind(traced(source, "float32"), read_header(tmp_path / "w.safetensors")[0], tmp_path / "t.onnx")
     runner = parity.PortableRunner(tmp_path, {"text_encoder": "t.onnx"})

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from glance_trt.bundle import Port
 from glance_trt.errors import ModelError
 from glance_trt.export import parity, trace, weights
-from glance_trt.export.families import Family, open_model
+from glance_trt.export.families import Family, open_model, stored
+from glance_trt.export.model import Model
 from glance_trt.export.weights import component_tensors, read_header
 from glance_trt.recipe import Recipe
 
@@ -31,9 +32,7 @@ def _bind(family: Family, model: Path, kind: str, dtype: str, traced: Traced, fo
     """The graph, saved beside a weights file of the component, which is stored in float16."""
     source = family.sources()[kind]
     available = component_tensors(model / family.components[kind])
-    chosen = {
-        name: available.get(name) or available[family.weight_name(name)] for name in trace.parameter_names(source)
-    }
+    chosen = stored(family, trace.parameter_names(source), available, model)
     weights.write(folder / f"{kind}.safetensors", chosen)
     refs = read_header(folder / f"{kind}.safetensors")[0]
     files = trace.bind(traced(source, dtype), refs, folder / f"{kind}.onnx")
@@ -109,7 +108,7 @@ def test_weights_need_not_exist_for_a_trace(
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     assert not list(tmp_path.rglob("*.safetensors"))
-    bare = open_model(tmp_path / "model", make_recipe()).sources()
+    bare = open_model(Model(tmp_path / "model", "tiny"), make_recipe()).sources()
     assert trace.trace(bare["text_encoder"], "float32").graph.initializers
     for kind, source in family.sources().items():
         assert trace.parameter_names(bare[kind]) == trace.parameter_names(source)
@@ -134,13 +133,13 @@ def test_a_graph_computes_what_pytorch_does_at_every_batch_and_size(
 ) -> None:
     path = _bind(family, tiny_model, kind, dtype, traced, tmp_path)
     source = family.sources()[kind]
-    reference = parity.Reference(family, tiny_model, {"all": None})
+    reference = parity.Reference(family, {"all": None})
     for batch, sizes in ((1, {"h": 4, "w": 4}), (3, {"h": 2, "w": 7})):
         if "h" not in source.sizes:
             sizes = {}
         resized = trace.Source(**(vars(source) | {"sizes": {**source.sizes, **sizes}}))
         inputs = parity.example_inputs(resized, batch, np.random.default_rng(batch))
-        expected = reference.run("denoiser.all" if kind == "denoiser" else kind, inputs)
+        (expected,) = reference.run("denoiser.all" if kind == "denoiser" else kind, inputs).values()
         found = _run(path, inputs)
         assert found.shape == expected.shape
         assert found.shape[0] == batch

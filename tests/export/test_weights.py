@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from glance_trt.errors import ModelError
 from glance_trt.export import weights
-from glance_trt.export.weights import Fused, component_tensors, read_header
+from glance_trt.export.weights import Computed, Fused, component_tensors, read_header
 
 
 @pytest.fixture
@@ -59,6 +61,15 @@ def test_safetensors_reads_what_is_written(tensors: dict[str, torch.Tensor], tmp
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert calls[0] == ("copy", 0, total)
     assert calls[-1] == ("copy", total, total)
+
+
+def test_what_is_computed_is_read_and_written_as_if_it_were_stored(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(6.0).view(2, 3)}, tmp_path / "x.safetensors")
+    ref = read_header(tmp_path / "x.safetensors")[0]["a"]
+    transposed = Computed(ref.file, ref.dtype, (3, 2), ref.offset, ref.length, lambda: ref.read().T)
+    weights.write(tmp_path / "y.safetensors", {"a": transposed})
+    assert torch.equal(transposed.read(), torch.arange(6.0).view(2, 3).T)
+    assert torch.equal(load_file(tmp_path / "y.safetensors")["a"], transposed.read())
 
 
 def test_large_tensors_are_copied_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,15 +150,111 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
     found = component_tensors(tmp_path)
     assert {name: ref.file.name for name, ref in found.items()} == {"a": "one.safetensors", "b": "two.safetensors"}
     assert torch.equal(found["b"].read(), torch.zeros(3))
-    index.write_text(json.dumps({"weight_map": {"c": "one.safetensors"}}))
-    with pytest.raises(ModelError, match=r"c should be in one\.safetensors, which does not have it"):
+
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        (
+            {"a": "one", "b": "two", "c": "one"},
+            r"index\.json: c should be in one\.safetensors, which does not have it$",
+        ),
+        ({"a": "one", "b": "one"}, r"index\.json: b should be in one\.safetensors, which does not have it$"),
+        ({"a": "two", "b": "two"}, r"index\.json: a should be in two\.safetensors, which does not have it$"),
+        (
+            {"a": "one", "b": "three"},
+            r"index\.json: names three\.safetensors, which is missing; copy or download it too$",
+        ),
+        (
+            {"a": "one", "b": "more"},
+            r"index\.json: does not name c, which is in more\.safetensors; they are not of one model$",
+        ),
+        (
+            {"a": "one", "b": "same"},
+            r"index\.json: a is in one\.safetensors and in same\.safetensors; they are not of one model$",
+        ),
+        (
+            {"a": "../one"},
+            r"index\.json: not a readable index: '\.\./one\.safetensors' is not the name of a file beside",
+        ),
+        ({"a": ""}, r"index\.json: names \.safetensors, which is missing"),
+    ],
+)
+def test_shards_that_disagree_with_their_index_are_refused(
+    listed: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    save_file({"b": torch.zeros(3)}, tmp_path / "two.safetensors")
+    save_file({"b": torch.zeros(3), "c": torch.zeros(3)}, tmp_path / "more.safetensors")
+    save_file({"a": torch.ones(2), "b": torch.zeros(3)}, tmp_path / "same.safetensors")
+    content = {"weight_map": {name: f"{file}.safetensors" for name, file in listed.items()}}
+    (tmp_path / INDEX).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=message):
         component_tensors(tmp_path)
-    index.write_text(json.dumps({"weight_map": {"a": "../one.safetensors"}}))
-    with pytest.raises(ModelError, match=r"'\.\./one\.safetensors' is not the name of a file beside it"):
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "list indices"),
+        ("{", "Expecting"),
+        ("{}", "weight_map"),
+        ('{"weight_map": []}', "no attribute"),
+        ('{"weight_map": {"a": 1}}', "int"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "a stands twice"),
+    ],
+)
+def test_an_index_that_cannot_be_read_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(ModelError, match=rf"index\.json: not a readable index: .*{message}"):
         component_tensors(tmp_path)
-    index.write_text("[]")
-    with pytest.raises(ModelError, match=r"index\.json: not a readable index"):
+
+
+def test_what_an_index_says_of_sizes_makes_no_difference(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    content = {"metadata": {"total_size": 12345}, "weight_map": {"a": "one.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(content))
+    assert component_tensors(tmp_path).keys() == {"a"}
+
+
+@pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "model"])
+def test_of_several_files_of_weights_one_is_read(stem: str, tmp_path: Path) -> None:
+    """In this order: all in one file before shards, and the usual weights before those in float16."""
+    order = [
+        f"{stem}.safetensors",
+        f"{stem}.safetensors.index.json",
+        f"{stem}.fp16.safetensors",
+        f"{stem}.safetensors.index.fp16.json",
+        f"{stem}.fp16.safetensors.index.json",
+    ]
+    for i, name in enumerate(order):
+        shard = f"shard-{i}.safetensors"
+        save_file({str(i): torch.ones(1)}, tmp_path / (shard if name.endswith(".json") else name))
+        if name.endswith(".json"):
+            (tmp_path / name).write_text(json.dumps({"weight_map": {str(i): shard}}))
+    for i, name in enumerate(order):
+        assert component_tensors(tmp_path).keys() == {str(i)}
+        (tmp_path / name).unlink()
+    with pytest.raises(ModelError, match=r"no weights \(expected .*; there is shard-1\.safetensors, shard-3"):
         component_tensors(tmp_path)
+
+
+def test_diffusers_and_transformers_name_their_shards_so(tiny_model: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet")
+    encoder = CLIPTextModel.from_pretrained(tiny_model / "text_encoder")
+    for variant in (None, "fp16"):
+        for model in (unet, encoder):
+            folder = tmp_path / f"{type(model).__name__}.{variant}"
+            model.save_pretrained(folder, max_shard_size="20KB", variant=variant)
+            assert len(list(folder.glob("*.safetensors"))) > 1
+            found = component_tensors(folder)
+            state = model.state_dict()
+            assert {name.removeprefix("text_model.") for name in found} == state.keys()
+            for name, ref in found.items():
+                assert torch.equal(ref.read(), state[name.removeprefix("text_model.")])
 
 
 def test_full_precision_is_preferred_and_the_fp16_variant_accepted(tmp_path: Path) -> None:
@@ -159,7 +266,11 @@ def test_full_precision_is_preferred_and_the_fp16_variant_accepted(tmp_path: Pat
 
 def test_pickle_weights_are_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ModelError, match=r"only pickle \(\.bin\) weights.*safe_serialization=True"):
+    with pytest.raises(
+        ModelError,
+        match=r"diffusion_pytorch_model\.bin: weights in a pickle, which can run code when it is read, .*\n"
+        r"  python -c '.*safe_serialization=True\)' ",
+    ):
         component_tensors(tmp_path)
 
 

@@ -20,6 +20,11 @@ VICTIM = "denoiser.base.safetensors"
 SIZE = len(tiny.content(VICTIM))
 STEPS = ("schedules", "default", "steps")
 SLOW = ("graphs", "denoiser.slow")
+SECOND = ("graphs", "text_encoder_2")
+TEMPLATE = ("tokenizers", "tokenizer_2", "template")
+SIZES = ("image", "sizes")
+SIDES = ("image", "sides")
+_IMAGE = {"height": 64, "width": 64, "latent_channels": 4, "latent_scale": 8}
 
 
 class Attack(NamedTuple):
@@ -65,6 +70,16 @@ def text(old: str, new: str) -> Damage:
         good = (folder / "bundle.json").read_text()
         assert old in good
         (folder / "bundle.json").write_text(good.replace(old, new, 1))
+
+    return damage
+
+
+def both(first: Damage, second: Damage) -> Damage:
+    """Two damages, one after the other."""
+
+    def damage(folder: Path) -> None:
+        first(folder)
+        second(folder)
 
     return damage
 
@@ -384,11 +399,156 @@ ATTACKS = [
         put("graphs", "text_encoder", "inputs", 0, "source", "condition.prompt_embeds"),
         "got",
     ),
-    Attack("no such tokenizer", drop("tokenizers", "tokenizer"), "expected one of none, for there is no tokenizer"),
+    Attack("no tokenizer", put("tokenizers", {}), "expected one of none, for there is no tokenizer"),
+    Attack(
+        "no such tokenizer",
+        drop("tokenizers", "tokenizer"),
+        "text_encoder.inputs[0].source: got 'tokens.tokenizer', expected one of tokens.tokenizer_2, mask.tokenizer_2",
+    ),
     Attack(
         "source of an output", put(*SLOW, "outputs", 0, "source", "latents"), "outputs[0].source: an output has none"
     ),
     Attack("negative without a scale", drop(*SLOW, "inputs", 3), "a negative condition, but no guidance_scale"),
+    # Several text encoders, and what they take
+    Attack(
+        "text encoder of two digits",
+        text('"text_encoder_2": {\n   "inputs"', '"text_encoder_22": {\n   "inputs"'),
+        "graphs.text_encoder_22: expected text_encoder, text_encoder_<number>, encoder, decoder or denoiser.<phase>",
+    ),
+    Attack("only a second text encoder", drop("graphs", "text_encoder"), "got 'condition.prompt_embeds', expected one"),
+    Attack(
+        "two conditions of one name",
+        put(*SECOND, "outputs", 0, "name", "prompt_embeds"),
+        "graphs.denoiser.slow.inputs[6].source: got 'condition.mask', expected one of",
+    ),
+    Attack(
+        "two conditions of one name, one unused",
+        put(*SECOND, "outputs", [{"name": name, "dtype": "int64", "shape": [1]} for name in ("mask", "prompt_embeds")]),
+        "graphs: outputs of text encoders: 'prompt_embeds' stands twice",
+    ),
+    Attack(
+        "mask of no tokenizer",
+        put(*SECOND, "inputs", 1, "source", "mask.x"),
+        "inputs[1].source: got 'mask.x', expected",
+    ),
+    Attack(
+        "mask of another kind",
+        put(*SECOND, "inputs", 1, "dtype", "float32"),
+        "text_encoder_2.inputs[1].dtype: mask.tokenizer_2 is int64, got float32",
+    ),
+    Attack(
+        "tokens of another kind", put(*SECOND, "inputs", 0, "dtype", "uint8"), "tokens.tokenizer_2 is int64, got uint8"
+    ),
+    Attack(
+        "condition of another kind",
+        put(*SLOW, "inputs", 6, "dtype", "float32"),
+        "denoiser.slow.inputs[6].dtype: condition.mask is int64, got float32",
+    ),
+    Attack(
+        "mask for a denoiser", put(*SLOW, "inputs", 6, "source", "mask.tokenizer"), "inputs[6].source: got 'mask.tokeni"
+    ),
+    Attack("template without a prompt", put(*TEMPLATE, "draw"), "template: 'draw' does not hold {} once"),
+    Attack("template with two", put(*TEMPLATE, "{} {}"), "tokenizer_2.template: '{} {}' does not hold {} once"),
+    Attack("template of nothing", put(*TEMPLATE, ""), "tokenizer_2.template: '' does not hold {} once"),
+    Attack("template that is a list", put(*TEMPLATE, ["{}"]), "tokenizer_2.template: expected text, got a list"),
+    # Images from images
+    Attack(
+        "encoder without an image", drop("graphs", "encoder", "inputs", 0), "graphs.encoder.inputs: none is the image"
+    ),
+    Attack(
+        "encoder of text", put("graphs", "encoder", "inputs", 0, "source", "tokens.tokenizer"), "one of image, noise"
+    ),
+    Attack(
+        "image of another kind",
+        put("graphs", "encoder", "inputs", 0, "dtype", "float32"),
+        "encoder.inputs[0].dtype: image is uint8, got float32",
+    ),
+    Attack("decoder of an image", put("graphs", "decoder", "inputs", 0, "source", "image"), "expected one of latents"),
+    Attack("encoder without an engine", drop("engines", "cpu", "graphs", "encoder"), "cpu.graphs.encoder: missing"),
+    Attack("step without a mix", drop(*STEPS, 1, "mix"), "steps[1].mix: missing; the graph encoder makes it possible"),
+    Attack("mix of one number", put(*STEPS, 1, "mix", [1.0]), "steps[1].mix: expected two numbers, got 1"),
+    Attack("mix of three numbers", put(*STEPS, 1, "mix", [1.0] * 3), "steps[1].mix: expected two numbers, got 3"),
+    Attack("mix beyond float32", put(*STEPS, 1, "mix", [0, -1e39]), "steps[1].mix[1]: expected a number that float32"),
+    Attack("mix of texts", put(*STEPS, 1, "mix", ["0", 1]), "steps[1].mix[0]: expected a number, got text ('0')"),
+    Attack(
+        "strength rounded otherwise",
+        put("schedules", "large", "strength_rounding", "nearest"),
+        "large.strength_rounding: expected one of down, up; got text ('nearest')",
+    ),
+    # Sizes
+    Attack(
+        "size of three sides", put(*SIZES, 0, [64, 64, 3]), "image.sizes[0]: expected [height, width], got [64, 64, 3]"
+    ),
+    Attack("size of nothing", put(*SIZES, 0, []), "image.sizes[0]: expected [height, width], got []"),
+    Attack("size of a billion", put(*SIZES, 1, [64, 10**9]), "image.sizes[1]: expected a whole number from 1 to 8192"),
+    Attack("size 0", put(*SIZES, 1, [0, 64]), "image.sizes[1]: expected a whole number from 1 to 8192, got 0"),
+    Attack(
+        "size of a fraction", put(*SIZES, 1, [64.5, 64]), "image.sizes[1][0]: expected a whole number, got a number"
+    ),
+    Attack(
+        "size that is no multiple",
+        put(*SIZES, 1, [64, 60]),
+        "image.sizes[1]: expected a multiple of latent_scale, 8; got",
+    ),
+    Attack(
+        "a size's latents of 2 GB",
+        put("image", {**_IMAGE, "latent_channels": 512, "sizes": [[8192, 8192]]}),
+        "image.latent_channels: expected at most 268435456 elements, got 536870912",
+    ),
+    Attack(
+        "sides whose latents are of 2 GB",
+        put("image", {**_IMAGE, "latent_channels": 512, "sides": [8, 8192, 8]}),
+        "image.latent_channels: expected at most 268435456 elements, got 536870912",
+    ),
+    Attack(
+        "sides of two numbers", put(*SIDES, [64, 128]), "image.sides: expected [lowest, highest, multiple], got [64,"
+    ),
+    Attack(
+        "sides upside down", put(*SIDES, [128, 64, 8]), "image.sides: expected [lowest, highest, multiple], got [128"
+    ),
+    Attack(
+        "sides from 0", put(*SIDES, [0, 64, 8]), "image.sides: expected [lowest, highest, multiple], got [0, 64, 8]"
+    ),
+    Attack("sides without end", put(*SIDES, [64, 2**40, 8]), "image.sides: expected [lowest, highest, multiple], got"),
+    Attack("sides of multiple 0", put(*SIDES, [64, 128, 0]), "image.sides: 0 is not a multiple of latent_scale, 8"),
+    Attack(
+        "sides of negative multiple", put(*SIDES, [64, 128, -8]), "image.sides: -8 is not a multiple of latent_scale"
+    ),
+    Attack("sides between latents", put(*SIDES, [64, 128, 4]), "image.sides: 4 is not a multiple of latent_scale, 8"),
+    Attack("sides off their multiple", put(*SIDES, [64, 120, 16]), "image.sides: 16 is not a multiple of latent_scale"),
+    Attack("tile of one number", put("image", "tile", [128]), "image.tile: expected [side, overlap], got [128]"),
+    Attack(
+        "tile that overlaps whole", put("image", "tile", [64, 64]), "image.tile: expected [side, overlap], got [64, 64]"
+    ),
+    Attack(
+        "tile of negative overlap", put("image", "tile", [64, -8]), "image.tile: expected [side, overlap], got [64, -8]"
+    ),
+    Attack(
+        "tile without end", put("image", "tile", [2**40, 8]), "image.tile: expected [side, overlap], got [1099511627776"
+    ),
+    Attack(
+        "tile between latents", put("image", "tile", [64, 4]), "image.tile: expected a multiple of latent_scale, 8; got"
+    ),
+    Attack(
+        "schedule for no size of image",
+        put("schedules", "large", "sizes", 0, [8, 8]),
+        "schedules.large.sizes[0]: [8, 8] is no size of image",
+    ),
+    Attack(
+        "size without a schedule",
+        both(put("schedules", "default", "sizes", [[64, 64]]), put("schedules", "large", "sizes", [[64, 128]])),
+        "schedules: none is for [256, 256], a size of image",
+    ),
+    Attack(
+        "sides without a schedule",
+        put("schedules", "default", "sizes", [[64, 64]]),
+        "schedules: image.sides allows any size in a range, and none is for all sizes",
+    ),
+    Attack(
+        "usual size without a schedule",
+        put("schedules", "default", "sizes", [[64, 128]]),
+        "schedules: none is for [64, 64], a size of image",
+    ),
     # Files
     Attack("file missing", lambda folder: (folder / VICTIM).unlink(), f"{VICTIM}: missing; build the bundle again"),
     Attack("file cut", written(VICTIM, lambda data: data[:-1]), f"{VICTIM}: {SIZE - 1} bytes, expected {SIZE}"),

@@ -78,7 +78,7 @@ _EMBEDS = ("batch", LENGTH, 3)
 _LATENTS = ("batch", 3, HEIGHT, WIDTH)
 _DTYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "uint8": TensorProto.UINT8}
 
-_TEXT_ENCODER = schema.Graph(
+TEXT_ENCODER = schema.Graph(
     inputs=(schema.Port("input_ids", "int64", ("batch", LENGTH), "tokens.tokenizer"),),
     outputs=(schema.Port("prompt_embeds", "float32", _EMBEDS),),
     files={"float32": "text_encoder.onnx"},
@@ -106,8 +106,8 @@ def _denoiser(phase: str, guidance: schema.GuidanceMode) -> schema.Graph:
 
 
 def text_encoder_model() -> onnx.ModelProto:
-    return _model(
-        _TEXT_ENCODER, [helper.make_node("Gather", ["table", "input_ids"], ["prompt_embeds"])], {"table": TABLE}
+    return onnx_model(
+        TEXT_ENCODER, [helper.make_node("Gather", ["table", "input_ids"], ["prompt_embeds"])], {"table": TABLE}
     )
 
 
@@ -121,7 +121,7 @@ def decoder_model() -> onnx.ModelProto:
         helper.make_node("Cast", ["clipped"], ["images"], to=TensorProto.UINT8),
     ]
     numbers = {"scale": 64, "middle": 128, "low": 0, "high": 255}
-    return _model(_DECODER, nodes, {name: np.float32(value) for name, value in numbers.items()})
+    return onnx_model(_DECODER, nodes, {name: np.float32(value) for name, value in numbers.items()})
 
 
 def denoiser_model(phase: str, guidance: schema.GuidanceMode = "cfg") -> onnx.ModelProto:
@@ -160,7 +160,7 @@ def denoiser_model(phase: str, guidance: schema.GuidanceMode = "cfg") -> onnx.Mo
         "axes": np.array([1, 2], np.int64),
         "last": np.array([3], np.int64),
     }
-    return _model(_denoiser(phase, guidance), nodes, constants)
+    return onnx_model(_denoiser(phase, guidance), nodes, constants)
 
 
 def make_bundle(
@@ -168,31 +168,35 @@ def make_bundle(
 ) -> Path:
     """Write a bundle with the engines of target ``cpu``. `extra` files are listed; `changes` are to the manifest."""
     models = {"text_encoder": text_encoder_model(), "decoder": decoder_model()}
-    graphs = {"text_encoder": _TEXT_ENCODER, "decoder": _DECODER}
+    graphs = {"text_encoder": TEXT_ENCODER, "decoder": _DECODER}
     for phase in GAINS:
         models[f"denoiser.{phase}"] = denoiser_model(phase, guidance)
         graphs[f"denoiser.{phase}"] = _denoiser(phase, guidance)
+    fields = {"name": "tiny", "guidance": GUIDANCE, "schedules": SCHEDULES, "graphs": graphs}
+    fields["image"] = schema.Image(HEIGHT, WIDTH, latent_channels=3, latent_scale=1)
+    fields["tokenizers"] = {"tokenizer": schema.Tokenizer("tokenizer.json", LENGTH, pad_token_id=1)}
+    return write_bundle(folder, models, fields | changes, extra or {})
+
+
+def write_bundle(
+    folder: Path, models: Mapping[str, onnx.ModelProto], parts: Mapping[str, Any], extra: Mapping[str, bytes]
+) -> Path:
+    """Write models, a tokenizer and a manifest of these parts, with the models as engines of target ``cpu``."""
     folder.mkdir(parents=True)
     shutil.copy(TOKENIZER, folder / "tokenizer.json")
     for name, model in models.items():
         onnx.save(model, folder / f"{name}.onnx")
-    for name, content in (extra or {}).items():
+    for name, content in extra.items():
         (folder / name).write_bytes(content)
     fields: dict[str, Any] = {
         "format": manifest.FORMAT,
-        "name": "tiny",
         "family": "tiny",
         "provenance": schema.Provenance("tiny-model", (schema.LoraSource("slow", "slow.safetensors", "0" * 64, 4.0),)),
-        "image": schema.Image(HEIGHT, WIDTH, latent_channels=3, latent_scale=1),
-        "tokenizers": {"tokenizer": schema.Tokenizer("tokenizer.json", LENGTH, pad_token_id=1)},
-        "guidance": GUIDANCE,
-        "schedules": SCHEDULES,
-        "graphs": graphs,
         "engines": {
             "cpu": schema.EngineSet(
                 "onnxruntime",
                 "float32",
-                {name: schema.Engine(f"{name}.onnx") for name in graphs},
+                {name: schema.Engine(f"{name}.onnx") for name in models},
                 runner.requirements(),
             )
         },
@@ -201,12 +205,12 @@ def make_bundle(
             for file in sorted(folder.iterdir())
         },
     }
-    text = manifest.dump(manifest.Manifest(**fields | changes))
+    text = manifest.dump(manifest.Manifest(**fields | parts))
     (folder / manifest.MANIFEST).write_text(text, encoding="utf-8")
     return folder
 
 
-def _model(graph: schema.Graph, nodes: list[onnx.NodeProto], constants: Mapping[str, Any]) -> onnx.ModelProto:
+def onnx_model(graph: schema.Graph, nodes: list[onnx.NodeProto], constants: Mapping[str, Any]) -> onnx.ModelProto:
     """A model with the inputs and outputs that the manifest describes, marked as built for this machine."""
 
     def values(ports: tuple[schema.Port, ...]) -> list[onnx.ValueInfoProto]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from glance_trt.errors import InputError, OutputError
-from glance_trt.runtime.images import GenerationParameters, contact_sheet, read_parameters, save_png
+from glance_trt.runtime.images import GenerationParameters, contact_sheet, read_image, read_parameters, save_png
 
 PARAMETERS = GenerationParameters(
     prompt="a large red circle, left of a small blue star",
@@ -107,8 +108,19 @@ def test_the_field_line_is_read_by_the_pattern_of_automatic1111_and_quotes_what_
 
 
 def test_the_json_record_holds_every_field(tmp_path: Path) -> None:
-    save_png(tmp_path / "a.png", IMAGE, PARAMETERS)
-    assert json.loads(text_of(tmp_path / "a.png", "glance-trt")) == asdict(PARAMETERS)
+    from_image = replace(PARAMETERS, strength=0.75, image_sha256="f" * 64)
+    save_png(tmp_path / "a.png", IMAGE, from_image)
+    assert json.loads(text_of(tmp_path / "a.png", "glance-trt")) == asdict(from_image)
+    assert read_parameters(tmp_path / "a.png") == from_image
+    save_png(tmp_path / "b.png", IMAGE, PARAMETERS)
+    given = {name: value for name, value in asdict(PARAMETERS).items() if value is not None}
+    assert json.loads(text_of(tmp_path / "b.png", "glance-trt")) == given
+    assert read_parameters(tmp_path / "b.png") == PARAMETERS
+
+
+def test_strength_is_automatic1111_s_denoising_strength(tmp_path: Path) -> None:
+    save_png(tmp_path / "a.png", IMAGE, replace(PARAMETERS, strength=0.75, image_sha256="f" * 64))
+    assert "Size: 64x48, Denoising strength: 0.75, Model hash: " in text_of(tmp_path / "a.png", "parameters")
 
 
 def test_latin1_text_is_a_text_chunk_and_other_text_an_international_one(tmp_path: Path) -> None:
@@ -403,3 +415,51 @@ def test_contact_sheet_refuses_what_makes_no_sheet(
 ) -> None:
     with pytest.raises(InputError, match=f"^contact sheet: {text}$"):
         contact_sheet(images, columns, labels)
+
+
+# Images to start from
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tiff"])
+@pytest.mark.parametrize("orientation", [None, 3, 6])
+def test_an_image_to_start_from_is_that_of_diffusers_load_image(
+    tmp_path: Path, suffix: str, orientation: int | None
+) -> None:
+    from diffusers.utils import load_image
+
+    file = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    if orientation and suffix != "bmp":
+        exif[0x0112] = orientation
+    Image.fromarray(IMAGE).save(file, exif=exif)
+    found, sha256 = read_image(file)
+    assert found.mode == "RGB"
+    assert found.size == ((48, 64) if orientation == 6 and suffix != "bmp" else (64, 48))
+    assert found.tobytes() == load_image(str(file)).tobytes()
+    assert sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "1", "CMYK"])
+def test_an_image_of_any_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    from diffusers.utils import load_image
+
+    file = tmp_path / "a.tiff"
+    Image.fromarray(IMAGE).convert(mode).save(file)
+    assert read_image(file)[0].tobytes() == load_image(str(file)).tobytes()
+
+
+def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
+    Image.fromarray(IMAGE).save(tmp_path / "a.gif")
+    Image.fromarray(IMAGE).save(tmp_path / "cut.png")
+    os.truncate(tmp_path / "cut.png", 3000)
+    (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (tmp_path / "empty.png").touch()
+    for name, reason in {
+        "none.png": "No such file or directory",
+        "a.gif": "cannot identify image file",
+        "a.eps": "cannot identify image file",
+        "empty.png": "cannot identify image file",
+        "cut.png": "image file is truncated",
+    }.items():
+        with pytest.raises(InputError, match=rf"{name}: cannot be read as an image: {reason}"):
+            read_image(tmp_path / name)

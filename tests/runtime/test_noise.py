@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from glance_trt.errors import InputError
-from glance_trt.runtime.noise import initial_latents, randn
+from glance_trt.runtime.noise import Generator, randn
 
 VECTORS = json.loads(Path(__file__).with_name("noise_vectors.json").read_text())
 
@@ -81,30 +82,37 @@ def test_a_seed_that_is_no_integer_is_refused(seed: object, kind: str) -> None:
         randn([4], seed)  # type: ignore[arg-type]
 
 
-def test_initial_latents_equal_those_of_diffusers_for_a_list_of_generators() -> None:
+def test_successive_draws_equal_those_of_one_generator_of_torch() -> None:
+    import torch
+
+    choose = random.Random(0)
+    for _ in range(100):
+        seed = choose.randrange(-(2**63), 2**64)
+        theirs, ours = torch.Generator("cpu").manual_seed(seed), Generator(seed)
+        for _ in range(8):
+            size = choose.choice([0, 1, 2, 3, 5, 8, 15, 16, 17, 24, 31, 33, 100, 1000])
+            expected = torch.randn(size, generator=theirs).numpy()
+            np.testing.assert_allclose(ours.randn([size]), expected, rtol=0, atol=torch_tolerance(), err_msg=str(seed))
+
+
+def test_the_second_of_a_pair_of_short_draws_is_kept_over_long_ones() -> None:
+    import torch
+
+    theirs, ours = torch.Generator("cpu").manual_seed(5), Generator(5)
+    drawn = []
+    for size in (5, 32, 0, 1, 17, 2):
+        drawn.append(ours.randn([size]))
+        np.testing.assert_allclose(drawn[-1], torch.randn(size, generator=theirs), rtol=0, atol=torch_tolerance())
+    # Six numbers of three pairs: the sixth came out two draws after the fifth.
+    np.testing.assert_array_equal(np.concatenate([drawn[0], drawn[3]]), randn([6], 5))
+
+
+def test_two_draws_of_latents_are_those_of_diffusers_randn_tensor() -> None:
     import torch
     from diffusers.utils.torch_utils import randn_tensor
 
-    generators = [torch.Generator("cpu").manual_seed(7 + i) for i in range(3)]
-    expected = randn_tensor((3, 4, 9, 7), generator=generators).numpy()
-    latents = initial_latents((4, 9, 7), 7, 3)
-    assert latents.dtype == np.float32
-    np.testing.assert_allclose(latents, expected, rtol=0, atol=torch_tolerance())
-
-
-def test_any_image_of_a_batch_can_be_made_again_from_its_own_seed() -> None:
-    batch = initial_latents((4, 8, 8), 2**32 - 2, 4)
-    for i in range(4):
-        np.testing.assert_array_equal(batch[i : i + 1], initial_latents((4, 8, 8), 2**32 - 2 + i, 1))
-
-
-def test_initial_latents_refuse_a_batch_that_runs_out_of_seeds() -> None:
-    assert initial_latents((4, 8, 8), 2**64 - 2, 2).shape == (2, 4, 8, 8)
-    with pytest.raises(InputError, match=f"seed: got {2**64}; a seed is"):
-        initial_latents((4, 8, 8), 2**64 - 2, 3)
-
-
-@pytest.mark.parametrize("count", [0, -1])
-def test_initial_latents_refuse_less_than_one_image(count: int) -> None:
-    with pytest.raises(InputError, match=f"^count: got {count}; at least 1 image"):
-        initial_latents((4, 8, 8), 0, count)
+    for shape in [(1, 4, 64, 48), (1, 16, 9, 7), (1, 3, 2, 2), (1, 4, 5, 7)]:
+        theirs, ours = torch.Generator("cpu").manual_seed(11), Generator(11)
+        for _ in range(2):
+            expected = randn_tensor(shape, generator=theirs, dtype=torch.float32).numpy()
+            np.testing.assert_allclose(ours.randn(shape), expected, rtol=0, atol=torch_tolerance())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,33 +17,14 @@ from numpy.typing import NDArray
 from glance_trt.bundle import Bundle, GuidanceMode
 from glance_trt.errors import BundleError, GlanceError, InputError, TargetError
 from glance_trt.prompts import PromptTruncated
-from glance_trt.runtime.chain import Call, Chained, in_turn
-from glance_trt.runtime.noise import SEED_MAX, initial_latents
-from glance_trt.runtime.pipeline import Pipeline, Settings
+from glance_trt.runtime.noise import SEED_MAX, randn
+from glance_trt.runtime.pipeline import Pipeline
+from glance_trt.runtime.settings import Settings
 
 from ..models import tiny
+from .recorder import Recorder
 
 PROMPT = "a large red circle"
-
-
-class Recorder:
-    """A runner that remembers what the graphs were given."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.inner, self.calls = pipeline.runner, list[tuple[str, dict[str, NDArray[Any]]]]()
-        pipeline.runner = self
-
-    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        self.calls.append((graph, dict(inputs)))
-        return self.inner.run(graph, inputs)
-
-    def chain(
-        self, calls: Sequence[Call], values: Mapping[str, Any], wanted: Sequence[str], *, on_device: bool = False
-    ) -> Chained:
-        return in_turn(self.run, calls, values, wanted)
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 @pytest.fixture
@@ -65,7 +46,8 @@ def loop(
 ) -> list[tiny.Floats]:
     """The latents after each step, in numpy."""
     table = tiny.SCHEDULES[schedule]
-    x = initial_latents((3, tiny.HEIGHT, tiny.WIDTH), seed, count) * np.float32(table.initial_noise_scale)
+    noise = np.stack([randn((3, tiny.HEIGHT, tiny.WIDTH), seed + i) for i in range(count)])
+    x = noise * np.float32(table.initial_noise_scale)
     found = []
     for step in table.steps:
         x = tiny.denoise(step.phase, x, step.timestep, step.coefficients, embeds(prompt), embeds(negative), scale)
@@ -154,9 +136,10 @@ def test_negative_prompt_and_guidance_scale_reach_every_step(pipeline: Pipeline)
 
 
 def test_what_is_not_given_comes_from_the_bundle(pipeline: Pipeline) -> None:
-    assert pipeline.settings() == Settings("default", 4, tiny.GUIDANCE.scale, tiny.GUIDANCE.negative_prompt)
+    guidance, size = (tiny.GUIDANCE.scale, tiny.GUIDANCE.negative_prompt), (tiny.HEIGHT, tiny.WIDTH)
+    assert pipeline.settings() == Settings("default", 4, *guidance, *size)
     given = pipeline.settings(negative_prompt="", guidance_scale=1, schedule="short")
-    assert given == Settings("short", 1, 1.0, "")
+    assert given == Settings("short", 1, 1.0, "", *size)
     defaults = {"guidance_scale": tiny.GUIDANCE.scale, "negative_prompt": tiny.GUIDANCE.negative_prompt}
     explicit = pipeline.generate(PROMPT, seed=0, schedule="default", **defaults)
     np.testing.assert_array_equal(arrays(pipeline.generate(PROMPT)), arrays(explicit))
@@ -172,7 +155,7 @@ def test_bundle_without_guidance_refuses_what_would_have_no_effect(guidance: Gui
         if guidance == "none":
             with pytest.raises(InputError, match=r"^guidance scale: this bundle was built without guidance"):
                 pipeline.generate(PROMPT, guidance_scale=2)
-            assert pipeline.settings() == Settings("default", 4, 1.0, "")
+            assert pipeline.settings() == Settings("default", 4, 1.0, "", tiny.HEIGHT, tiny.WIDTH)
         else:
             weak, strong = (pipeline.generate(PROMPT, guidance_scale=scale)[0] for scale in (0, 4))
             assert weak != strong

@@ -16,7 +16,9 @@ from glance_trt.errors import BundleError, InputError
 from glance_trt.runtime.tokenizing import Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from collections.abc import Callable
+
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parents[2] / "examples/shapes/model/tokenizer"
 FILE = FOLDER / "tokenizer.json"
@@ -88,6 +90,97 @@ def test_dropped_keeps_combining_marks_and_starts_with_the_character_that_the_cu
     accented = Tokenizer(FILE, max_length=3, pad_token_id=END).encode("e\u0301 star e\u0301")
     assert accented.dropped == "star e\u0301"
     assert Tokenizer(FILE, max_length=5, pad_token_id=END).encode("star 🔥 red").dropped == "🔥 red"  # 4 tokens, 2 fit
+
+
+def test_the_mask_is_that_of_the_clip_tokenizer(clip: CLIPTokenizer) -> None:
+    tokenizer = Tokenizer(FILE, max_length=16, pad_token_id=END)
+    for prompt in CORPUS + random_prompts(100):
+        expected = clip(prompt, padding="max_length", truncation=True, max_length=16).attention_mask
+        mask = tokenizer.encode(prompt).mask
+        assert mask.dtype == np.int64
+        assert mask.tolist() == expected, prompt
+
+
+# --- templates, and tokenizers of other kinds -----------------------------------------------------------------------
+
+
+def byte_level(folder: Path) -> PreTrainedTokenizerFast:
+    """Of Qwen2's kind: bytes, marks of a chat, and nothing added by the post-processor."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.normalizer = tokenizers.normalizers.NFC()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=marks, initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(CORPUS * 3, trainer)
+    inner.save(str(folder / "tokenizer.json"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|endoftext|>", padding_side="right")
+
+
+def sentence_piece(folder: Path) -> PreTrainedTokenizerFast:
+    """Of T5's kind: pieces that begin with a mark for the space before them, and an end token."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    inner.normalizer = tokenizers.normalizers.NFKC()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    inner.train_from_iterator(CORPUS * 3, trainer)
+    end = inner.token_to_id("</s>")
+    inner.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", end)])
+    inner.save(str(folder / "tokenizer.json"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", padding_side="right")
+
+
+CHAT = "<|im_start|>system\nDescribe:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("template", ["{}", CHAT, "{} in oil", " \n{}\t"])
+@pytest.mark.parametrize("kind", [byte_level, sentence_piece])
+@pytest.mark.parametrize("max_length", [70, 100])
+def test_ids_and_mask_are_those_of_transformers_for_the_text_in_its_template(
+    tmp_path: Path, kind: Callable[[Path], PreTrainedTokenizerFast], template: str, max_length: int
+) -> None:
+    theirs = kind(tmp_path)
+    pad = theirs.pad_token_id
+    ours = Tokenizer(tmp_path / "tokenizer.json", max_length=max_length, pad_token_id=pad, template=template)
+    cut = 0
+    for prompt in [*CORPUS, "{}", "a {} b {", "<|im_end|> a <|im_start|>", "</s>", *random_prompts(150)]:
+        text = template.replace("{}", prompt)
+        expected = theirs(text, padding="max_length", truncation=True, max_length=max_length)
+        found = ours.encode(prompt)
+        assert found.ids.tolist() == expected.input_ids, prompt
+        assert found.mask.tolist() == expected.attention_mask, prompt
+        assert prompt.endswith(found.dropped)
+        cut += len(theirs(text).input_ids) > max_length
+    assert cut
+
+
+def test_the_template_s_end_is_lost_before_the_prompt_s_and_is_no_loss_of_it() -> None:
+    template = "a {} and no stars"
+    tokenizer = Tokenizer(FILE, max_length=10, pad_token_id=END, template=template)  # 8 besides start and end
+    dropped = [tokenizer.encode(" ".join(["red"] * count)).dropped for count in range(1, 10)]
+    assert dropped == ["", "", "", "", "", "", "", "red", "red red"]
+    plain = Tokenizer(FILE, max_length=10, pad_token_id=END)
+    assert tokenizer.encode("red " * 9).ids.tolist() == plain.encode("a" + " red" * 9).ids.tolist()
+
+
+def test_a_template_that_leaves_no_room_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"max_length: got 5; the template alone takes as many tokens$"):
+        Tokenizer(FILE, max_length=5, pad_token_id=END, template="a large red {}")
+    assert (
+        Tokenizer(FILE, max_length=5, pad_token_id=END, template="a red {} star star star").encode("blue").dropped == ""
+    )
 
 
 def test_a_prompt_that_just_fits_drops_nothing() -> None:

@@ -1,30 +1,58 @@
 """One adapter per model family: all that glance-trt knows of a family is in that one file.
 
 An adapter is plain data, which can be sent to another process, and importing it does not import PyTorch.
+`glance_trt.export.families.adapter` has what most of them share.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from glance_trt.bundle import DType, Image
 from glance_trt.errors import ModelError
+from glance_trt.export import model as models
+from glance_trt.export.model import Model
 from glance_trt.export.source import Source
 from glance_trt.recipe import Recipe
+from glance_trt.schema import PROMPT
 
 if TYPE_CHECKING:
     from glance_trt.export.guide import GuideFile
+
+T = TypeVar("T")
+
+ADAPTERS = {
+    "StableDiffusionPipeline": "stable_diffusion.StableDiffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion_xl.StableDiffusionXL",
+    "StableDiffusion3Pipeline": "stable_diffusion_3.StableDiffusion3",
+    "FluxPipeline": "flux.Flux",
+    "QwenImagePipeline": "qwen_image.QwenImage",
+}
+"""By the class that model_index.json names: the adapter's module here, and its class."""
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A ``tokenizer.json``, as text; the other fields are as in `glance_trt.bundle.Tokenizer`."""
+
+    text: str
+    max_length: int
+    pad_token_id: int
+    template: str = PROMPT
 
 
 class Family(Protocol):
     """What the export asks of a family's adapter."""
 
     name: str
-    components: ClassVar[dict[str, str]]
-    """The model's folder from which each graph takes its weights: ``denoiser``, ``text_encoder``, ``decoder``."""
+    model: Model
+    components: dict[str, str]
+    """The part of the model from which each kind of graph takes its weights: ``denoiser``, ``decoder``, the text
+    encoders, and ``encoder`` where the recipe wants images made from others."""
 
     def sources(self, guides: Mapping[str, GuideFile] | None = None) -> dict[str, Source]:
         """The graphs to trace, by the same names; the denoiser's is one whole sampling step. A phase that has a guide
@@ -41,17 +69,20 @@ class Family(Protocol):
     def files(self) -> list[Path]:
         """The files of the model that decide what is built, besides weights: configurations and tokenizers."""
 
-    def weight_name(self, name: str) -> str:
-        """The name that a parameter of the traced module may have in older weights files."""
+    def aliases(self, name: str) -> Iterable[str]:
+        """Other names that a parameter of the traced module may have in weights files."""
 
     def scheduler_config(self) -> dict[str, Any]:
         """The model's scheduler configuration, with the recipe's choice of class."""
 
-    def image(self) -> Image:
-        """The recipe's image size, checked. Raises `RecipeError`."""
+    def image_tokens(self, height: int, width: int) -> int | None:
+        """The length of the token sequence of an image, where a schedule depends on it."""
 
-    def tokenizers(self) -> dict[str, tuple[str, int, int]]:
-        """By the text encoder's input: tokenizer.json's text, the maximum length, the padding token."""
+    def image(self) -> Image:
+        """The recipe's image sizes, checked. Raises `RecipeError`."""
+
+    def tokenizers(self) -> dict[str, TokenizerSource]:
+        """By the name that inputs of text encoders refer to."""
 
 
 def source_of(sources: Mapping[str, Source], graph: str) -> Source:
@@ -59,31 +90,35 @@ def source_of(sources: Mapping[str, Source], graph: str) -> Source:
     return sources.get(graph) or sources[graph.partition(".")[0]]
 
 
-def open_model(model: Path, recipe: Recipe) -> Family:
-    """The adapter for a model folder in diffusers' layout. Raises `ModelError` where it is none, or unsupported."""
-    from glance_trt.export.families.stable_diffusion import StableDiffusion
+def stored(family: Family, names: Iterable[str], tensors: Mapping[str, T], place: Path) -> dict[str, T]:
+    """Of a part's tensors, those of a traced module's parameters, under whichever name a weights file has them.
 
-    supported = {"StableDiffusionPipeline": StableDiffusion}
-    if not model.is_dir():
-        what = "a file" if model.exists() else "no such folder"
-        raise ModelError(f"{model}: {what}; a model is a folder in diffusers' layout, nothing is downloaded")
-    found = read_json(
-        model / "model_index.json", f"{model}: not a diffusers pipeline folder, it has no model_index.json"
-    )
-    name = found.get("_class_name")
-    if name not in supported:
-        raise ModelError(f"{model}: {name} is not supported; supported pipelines: {', '.join(supported)}")
-    return supported[name](model, recipe)
+    place: of the weights. Raises `ModelError` where there is none for a parameter.
+    """
+    found, lacking = {}, []
+    for name in names:
+        known = next((known for known in (name, *family.aliases(name)) if known in tensors), None)
+        if known is None:
+            lacking.append(name)
+        else:
+            found[name] = tensors[known]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ModelError(f"{place}: its weights lack {lacking[0]}{more}")
+    return found
 
 
-def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """A JSON object; raises `ModelError` with `missing` if there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(missing) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object")
-    return value
+def from_recipe(recipe: Recipe, folder: Path) -> Family:
+    """The adapter for a recipe's model; `folder` is the recipe's. Raises `ModelError` and `RecipeError`."""
+    return open_model(models.find(recipe, folder), recipe)
+
+
+def open_model(model: Model, recipe: Recipe) -> Family:
+    """The adapter for a model. Raises `ModelError` where it is unsupported, `RecipeError` where the recipe asks what it
+    cannot do."""
+    found = model.index().get("_class_name")
+    if found not in ADAPTERS:
+        raise ModelError(f"{model.folder}: {found} is not supported; supported pipelines: {', '.join(ADAPTERS)}")
+    module, _, name = ADAPTERS[found].partition(".")
+    adapter = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return adapter(model, recipe)  # type: ignore[no-any-return]

@@ -17,10 +17,13 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from glance_trt.errors import ModelError, RecipeError
-from glance_trt.export.families import open_model
-from glance_trt.export.modules import Decoder, GuidedStep, Step, TextEncoder
+from glance_trt.export.families import from_recipe, open_model
+from glance_trt.export.model import Model
+from glance_trt.export.modules import Decoder, TextEncoder, UNetStep
 from glance_trt.recipe import Guidance, Recipe
 from glance_trt.schedule import compile_schedule
+
+from . import fidelity
 
 Make = Callable[..., Recipe]
 TEACHER_STEPS = 10
@@ -60,7 +63,7 @@ def test_a_guided_step_is_diffusers_prediction_guidance_and_update(
     timestep, latents = scheduler.timesteps[step], batch["latents"]
     coefficients = torch.tensor([table[step].c_in, table[step].a, table[step].b])
     with torch.no_grad():
-        found = GuidedStep(unet, rescale)(
+        found = UNetStep(unet, "cfg", rescale)(
             latents,
             torch.tensor(table[step].timestep),
             coefficients,
@@ -84,7 +87,7 @@ def test_a_step_without_guidance_is_one_prediction_and_the_update(
     scheduler, table = _table(tiny_model)
     timestep, latents = scheduler.timesteps[3], batch["latents"]
     with torch.no_grad():
-        found = Step(unet)(
+        found = UNetStep(unet)(
             latents,
             torch.tensor(table[3].timestep),
             torch.tensor([table[3].c_in, table[3].a, table[3].b]),
@@ -96,10 +99,9 @@ def test_a_step_without_guidance_is_one_prediction_and_the_update(
 
 
 def test_guidance_none_traces_a_step_without_negative_embeddings(tiny_model: Path, make_recipe: Make) -> None:
-    guided = open_model(tiny_model, make_recipe()).sources()["denoiser"]
-    plain = open_model(tiny_model, make_recipe(guidance=Guidance("none"))).sources()["denoiser"]
-    assert type(plain.build()) is Step
-    assert type(guided.build()) is GuidedStep
+    guided = open_model(Model(tiny_model, "tiny"), make_recipe()).sources()["denoiser"]
+    plain = open_model(Model(tiny_model, "tiny"), make_recipe(guidance=Guidance("none"))).sources()["denoiser"]
+    assert (plain.build().guidance, guided.build().guidance) == ("none", "cfg")
     names = ["latents", "timestep", "coefficients", "prompt_embeds"]
     assert [port.name for port in plain.inputs] == names
     assert [port.name for port in guided.inputs] == [*names[:3], "guidance_scale", *names[3:], "negative_prompt_embeds"]
@@ -121,11 +123,9 @@ def test_the_decoder_makes_the_pixels_of_diffusers(tiny_model: Path, batch: dict
 def test_the_text_encoder_makes_the_embeddings_of_diffusers(tiny_model: Path, make_recipe: Make) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, dtype=torch.float32)
     prompt = "a large red circle"
-    (_, length, pad), ids = (
-        open_model(tiny_model, make_recipe()).tokenizers()["tokenizer"],
-        pipe.tokenizer(prompt).input_ids,
-    )
-    padded = torch.tensor([ids + [pad] * (length - len(ids))])
+    item = open_model(Model(tiny_model, "tiny"), make_recipe()).tokenizers()["tokenizer"]
+    ids = pipe.tokenizer(prompt).input_ids
+    padded = torch.tensor([ids + [item.pad_token_id] * (item.max_length - len(ids))])
     with torch.no_grad():
         found = TextEncoder(pipe.text_encoder)(padded)
         expected, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
@@ -142,7 +142,8 @@ def test_the_scheduler_is_corrected_as_the_pipeline_corrects_it(
     old = json.loads(file.read_text()) | {"clip_sample": True, "steps_offset": 0}
     file.write_text(json.dumps(old))
     corrected = StableDiffusionPipeline.from_pretrained(tmp_path / "model").scheduler.config
-    found = open_model(tmp_path / "model", make_recipe(scheduler="EulerDiscreteScheduler")).scheduler_config()
+    changed = make_recipe(scheduler="EulerDiscreteScheduler")
+    found = open_model(Model(tmp_path / "model", "tiny"), changed).scheduler_config()
     assert (found["steps_offset"], found["clip_sample"]) == (corrected["steps_offset"], corrected["clip_sample"])
     assert found["_class_name"] == "EulerDiscreteScheduler"
     assert found["prediction_type"] == "v_prediction"
@@ -153,11 +154,11 @@ def test_a_size_that_is_no_multiple_is_refused_with_the_nearest_one(
     tiny_model: Path, make_recipe: Make, key: str, size: int, near: int
 ) -> None:
     with pytest.raises(RecipeError, match=rf"{key}: {size} is not a multiple of 4, as this model needs; try {near}$"):
-        open_model(tiny_model, make_recipe(**{key: size})).image()
+        open_model(Model(tiny_model, "tiny"), make_recipe(**{key: size})).image()
 
 
 def test_the_image_is_described_by_the_models_own_factors(tiny_model: Path, make_recipe: Make) -> None:
-    image = open_model(tiny_model, make_recipe(height=24, width=16)).image()
+    image = open_model(Model(tiny_model, "tiny"), make_recipe(height=24, width=16)).image()
     vae = AutoencoderKL.from_pretrained(tiny_model / "vae")
     assert vae.encode(torch.zeros(1, 3, 24, 16)).latent_dist.mean.shape[1:] == image.latent_shape
 
@@ -179,13 +180,13 @@ def _without(tiny_model: Path, folder: Path, name: str, text: str | None) -> Pat
         ("model_index.json", "[]", "model_index.json: expected a JSON object"),
         (
             "model_index.json",
-            '{"_class_name": "FluxPipeline"}',
-            "FluxPipeline is not supported; supported pipelines: StableDiffusionPipeline",
+            '{"_class_name": "KolorsPipeline"}',
+            "KolorsPipeline is not supported; supported pipelines: StableDiffusionPipeline",
         ),
         ("unet/config.json", None, "unet: missing, with its config.json"),
         ("unet/config.json", '{"addition_embed_type": "text_time"}', "a UNet with class or added embeddings is not"),
         ("scheduler/scheduler_config.json", None, "scheduler: missing, with its scheduler_config.json"),
-        ("tokenizer/tokenizer.json", "{", "tokenizer: not a readable CLIP tokenizer"),
+        ("tokenizer/tokenizer.json", "{", "tokenizer: not a readable CLIPTokenizer"),
     ],
 )
 def test_a_folder_that_is_no_model_is_refused(
@@ -194,7 +195,7 @@ def test_a_folder_that_is_no_model_is_refused(
     model = _without(tiny_model, tmp_path, name, text)
 
     def read_all() -> None:
-        family = open_model(model, make_recipe())
+        family = open_model(Model(model, "tiny"), make_recipe())
         family.scheduler_config()
         family.tokenizers()
 
@@ -203,29 +204,30 @@ def test_a_folder_that_is_no_model_is_refused(
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, make_recipe: Make) -> None:
-    with pytest.raises(ModelError, match=r"no: no such folder; .* nothing is downloaded"):
-        open_model(tmp_path / "no", make_recipe())
+    with pytest.raises(ModelError, match=r"no: no such folder, and no id of a model on the Hub"):
+        from_recipe(make_recipe(model="no"), tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match="file: a file; a model is a folder"):
-        open_model(tmp_path / "file", make_recipe())
+    with pytest.raises(ModelError, match="file: not a model; expected a folder in diffusers' layout, or a .safetensors file"):
+        from_recipe(make_recipe(model="file"), tmp_path)
 
 
 def test_a_scheduler_for_another_kind_of_model_is_refused(tiny_model: Path, make_recipe: Make) -> None:
-    family = open_model(tiny_model, make_recipe(scheduler="FlowMatchEulerDiscreteScheduler"))
-    with pytest.raises(ModelError, match="the scheduler is a FlowMatchEulerDiscreteScheduler, and flow matching"):
+    family = open_model(Model(tiny_model, "tiny"), make_recipe(scheduler="FlowMatchEulerDiscreteScheduler"))
+    text = "the scheduler is a FlowMatchEulerDiscreteScheduler, and this model was trained for diffusion; .* DDIMS"
+    with pytest.raises(ModelError, match=text):
         family.scheduler_config()
 
 
 def test_every_part_computes_in_the_dtype_that_a_target_wants(tiny_model: Path, make_recipe: Make) -> None:
     config = json.loads((tiny_model / "vae" / "config.json").read_text())
     assert config["force_upcast"] is True, "as diffusers writes it, whose own pipeline of this family does not heed it"
-    family = open_model(tiny_model, make_recipe())
+    family = open_model(Model(tiny_model, "tiny"), make_recipe())
     for wanted in ("float32", "float16", "bfloat16"):
         assert {family.dtype(kind, wanted) for kind in family.components} == {wanted}
 
 
 def test_the_files_that_decide_what_is_built_are_named(tiny_model: Path, make_recipe: Make) -> None:
-    found = {str(path.relative_to(tiny_model)) for path in open_model(tiny_model, make_recipe()).files()}
+    found = {str(path.relative_to(tiny_model)) for path in open_model(Model(tiny_model, "tiny"), make_recipe()).files()}
     tokenizer = {f"tokenizer/{path.name}" for path in (tiny_model / "tokenizer").iterdir()}
     configs = {f"{part}/config.json" for part in ("text_encoder", "unet", "vae")}
     assert found == {"model_index.json", "scheduler/scheduler_config.json", *configs, *tokenizer}
@@ -236,11 +238,30 @@ def test_an_adapter_is_known_and_sent_to_another_process_without_pytorch(tiny_mo
     code = f"""
 import pickle, sys
 from pathlib import Path
-from glance_trt.export.families import open_model
+from glance_trt.export.families import from_recipe
 from glance_trt.recipe import Phase, Recipe
-family = open_model(Path({str(tiny_model)!r}), Recipe("tiny", "model", (Phase("all", (1,)),), 16, 16))
+plan = Recipe("tiny", {tiny_model.name!r}, (Phase("all", (1,)),), 16, 16)
+family = from_recipe(plan, Path({str(tiny_model.parent)!r}))
 pickle.loads(pickle.dumps(family)).sources()["denoiser"].inputs
 print("torch" in sys.modules, "diffusers" in sys.modules)
 """
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False False\n"
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_images_are_those_of_diffusers(
+    tiny_model: Path, tmp_path: Path, traced: Any, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    monkeypatch.setattr("glance_trt.export.trace.trace", traced)
+    guidance = {"scale": 3.0, "rescale": 0.7, "negative_prompt": "blue"}
+    sizes = {"height": 16, "width": 16, "sizes": [[24, 16]]}
+    made = fidelity.make(tiny_model, tmp_path, scheduler=scheduler, guidance=guidance, **sizes)
+    fidelity.check_graphs(made)
+    fidelity.check_images(made)
+
+
+def test_guidance_inside_needs_a_guide_in_every_phase(tiny_model: Path, make_recipe: Make) -> None:
+    text = r"phases\[0\]\.guide: missing; guidance\.mode embedded needs one in every phase, for this model takes no"
+    with pytest.raises(RecipeError, match=text):
+        open_model(Model(tiny_model, "tiny"), make_recipe(guidance=Guidance("embedded")))

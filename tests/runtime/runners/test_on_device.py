@@ -5,6 +5,7 @@ The device is the host's memory (tests/models/host_device.py) and the engines ar
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,13 +16,15 @@ import pytest
 
 from glance_trt.bundle import Bundle
 from glance_trt.errors import InputError, TargetError
-from glance_trt.runtime.pipeline import Pipeline
+from glance_trt.runtime.pipeline import Pipeline, Request
 from glance_trt.runtime.runners.on_device import Binding, DeviceRunner, Engine, NotCaptured
 from glance_trt.runtime.runners.onnxruntime_device import OnnxRuntimeEngine
 
+from ...models import rich
 from ...models.host_device import HostDevice
 
 PROMPT = "a large red circle"
+PICTURE = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
 
 
 class Capturable:
@@ -222,6 +225,43 @@ def test_pixels_stay_on_the_device_and_latents_may_come_from_there(on_device: Pi
     assert np.array_equal(copy, pixels(on_host, seed=1))
     with pytest.raises(InputError, match=r"^latents: expected \[B, 3, 4, 6\], got \[2, 4, 4, 6\]$"):
         on_device.pixels(PROMPT, latents=np.zeros((2, 4, 4, 6), np.float32))
+
+
+@pytest.mark.parametrize("wishes", [{}, {"height": 12, "width": 8}, {"image": PICTURE, "strength": 0.6}])
+def test_sizes_masks_and_images_from_images_are_those_of_the_host_s_runner(
+    rich_bundle: Path, device: HostDevice, wishes: dict[str, Any]
+) -> None:
+    with open_pipeline(rich_bundle, device) as on_device, Pipeline.open(rich_bundle, threads=1) as on_host:
+        for _ in range(3):  # the third is captured
+            found = pixels(on_device, seed=1, count=2, **wishes)
+            assert np.array_equal(found, pixels(on_host, seed=1, count=2, **wishes))
+        assert np.array_equal(np.from_dlpack(on_device.pixels(PROMPT, seed=1, count=2, **wishes)), found)
+
+
+def test_images_in_tiles_come_from_the_device_as_arrays_of_the_host(tmp_path: Path, device: HostDevice) -> None:
+    image = dataclasses.replace(rich.IMAGE, tile=(16, 4))
+    bundle = rich.make_bundle(tmp_path / "tiled.bundle", image=image)
+    with open_pipeline(bundle, device) as on_device, Pipeline.open(bundle, threads=1) as on_host:
+        wishes: dict[str, Any] = {"height": 20, "width": 24}
+        for _ in range(3):
+            found = pixels(on_device, seed=1, count=2, **wishes)
+            assert np.array_equal(found, pixels(on_host, seed=1, count=2, **wishes))
+        shared = on_device.pixels(PROMPT, seed=1, count=2, **wishes)
+        assert isinstance(shared, np.ndarray)
+        assert np.array_equal(shared, found)
+        assert not isinstance(on_device.pixels(PROMPT, seed=1), np.ndarray), "one that is not tiled stays there"
+
+
+def test_low_memory_holds_one_of_several_text_encoders_and_none_beside_the_denoiser(
+    rich_bundle: Path, device: HostDevice
+) -> None:
+    requests = [Request(f"a star {i}", i) for i in range(5)]
+    with open_pipeline(rich_bundle, device, low_memory=True) as pipeline:
+        found = [image.tobytes() for image in pipeline.draw(requests, pipeline.settings(), batch_size=2)]
+        assert device.counts["most engines"] == 1
+        assert device.counts["opened"] == 5, "two text encoders, slow, fast and decoder, each once"
+    with Pipeline.open(rich_bundle, threads=1) as on_host:
+        assert found == [image.tobytes() for image in on_host.draw(requests, on_host.settings())]
 
 
 def test_images_that_are_asked_for_before_the_last_is_done_do_not_mix(on_device: Pipeline, on_host: Pipeline) -> None:

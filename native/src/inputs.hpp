@@ -1,0 +1,15 @@
+// What a graph is fed, against what the manifest says of it.
+#pragma once
+
+#include "schema.hpp"
+#include "tensor.hpp"
+
+#include <string>
+#include <vector>
+
+namespace glance_trt {
+
+/// Tensors fit a graph's inputs. Throws `Error` of the kind input, which starts with the graph's name.
+void check_inputs(const std::string &graph, const std::vector<Port> &ports, const Tensors &tensors);
+
+} // namespace glance_trt
