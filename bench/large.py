@@ -1,15 +1,15 @@
 """Is a model of FLUX.1 [dev]'s size fused and exported within small limits of memory, time and disk?
 
-Makes checkpoints with the shapes of FLUX.1 [dev] in bfloat16 (a denoiser of 12 billion parameters, T5-XXL, CLIP, a VAE) as
-sparse files, which hold zeros and take no disk, and two random LoRAs of rank 16. Then copies the checkpoints, and fuses and
-exports them with both phases, each in a process of its own, and prints what it took beside its limit. Exits with 1 if a
-limit is broken.
+Makes checkpoints with the shapes of FLUX.1 [dev] in bfloat16 (a denoiser of 12 billion parameters, T5-XXL, CLIP, a VAE)
+as sparse files, which hold zeros and take no disk, and two random LoRAs of rank 16. Then copies the checkpoints, and
+fuses and exports them with both phases, each in a process of its own, and prints what it took beside its limit. Exits
+with 1 if a limit is broken.
 
     python bench/large.py
     python bench/large.py --blocks 1,1,1      # a trial of the script: so many double, single and T5 blocks
 
-Seconds are wall clock, imports included; memory is the largest resident size of the process (wait4). The copy is read and
-written in blocks of 8 MiB, as weights are that no LoRA changes. Needs 42 GB of disk, and removes what it wrote.
+Seconds are wall clock, imports included; memory is the largest resident size of the process (wait4). The copy is read
+and written in blocks of 8 MiB, as weights are that no LoRA changes. Needs 42 GB of disk, and removes what it wrote.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glance_trt.bundle import DType
 from glance_trt.duel import run_process
 from glance_trt.recipe import Guidance, Lora, Phase, Recipe
 
@@ -36,7 +37,7 @@ BLOCKS = (19, 38, 24)
 """Double and single blocks of the denoiser, and blocks of T5."""
 RANK = 16
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-DTYPE = "bfloat16"
+DTYPE: DType = "bfloat16"
 RECIPE = Recipe(
     name="flux-1-dev-zeros",
     model="model",
@@ -169,7 +170,7 @@ def export(work: Path) -> dict[str, Any]:
     started: dict[str, float] = {}
     tracing = 0.0
 
-    def progress(stage: str, done: int, total: int) -> None:
+    def progress(stage: str, done: float, total: float) -> None:
         nonlocal tracing
         if stage.startswith("trace"):
             if done:
@@ -221,8 +222,8 @@ def measure(work: Path, blocks: tuple[int, ...]) -> Iterator[Figure]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder to make a temporary one in; default: the system's")
-    parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)), help="double and single blocks of the denoiser, "
-                        "and blocks of T5; the limits hold for the default, %(default)s")  # fmt: skip
+    parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)), help="double and single blocks of the denoiser, and "
+                        "blocks of T5; the limits hold for the default, %(default)s")  # fmt: skip
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -261,7 +261,7 @@ def test_every_graph_is_pytorchs_at_every_size(made: fidelity.Made) -> None:
 
 
 def test_images_are_those_of_diffusers_with_a_lora_for_each_phase(made: fidelity.Made) -> None:
-    print(fidelity.check_images(made))
+    fidelity.check_images(made)
 
 
 def test_images_of_schnell_are_those_of_diffusers_guided_in_two_evaluations(schnell: Path, tmp_path: Path) -> None:
