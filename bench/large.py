@@ -222,8 +222,8 @@ def measure(work: Path, blocks: tuple[int, ...]) -> Iterator[Figure]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="folder to make a temporary one in; default: the system's")
-    parser.add_argument("--blocks", default=",".join(map(str, BLOCKS)), help="double and single blocks of the denoiser, and "
-                        "blocks of T5; the limits hold for the default, %(default)s")  # fmt: skip
+    usual = ",".join(map(str, BLOCKS))
+    parser.add_argument("--blocks", default=usual, help=f"double, single and T5 blocks; limits hold for {usual}")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--figures", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

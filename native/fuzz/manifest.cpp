@@ -1,6 +1,6 @@
 // Any bytes are a manifest that holds what it must, or are refused in a short and printable text.
-#include "error.hpp"
 #include "manifest.hpp"
+#include "error.hpp"
 
 #include <algorithm>
 #include <cstdlib>

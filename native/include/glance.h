@@ -60,7 +60,7 @@ enum {
     GLANCE_ERROR_BUNDLE = 6,       /* a bundle is damaged, altered, malformed, or of a newer format */
     GLANCE_ERROR_TARGET = 7,       /* this machine cannot run what was asked */
     GLANCE_ERROR_INPUT = 8,        /* a value that was given is not usable: a prompt, a size, a schedule's name */
-    GLANCE_ERROR_UNSUPPORTED = 12, /* the bundle asks for what this library cannot do, and the Python package can */
+    GLANCE_ERROR_UNSUPPORTED = 12, /* it takes what this library cannot do, and the Python package can */
     GLANCE_ERROR_CANCELLED = 130   /* a callback or glance_session_cancel asked for the end */
 };
 
@@ -94,8 +94,7 @@ GLANCE_API glance_error *glance_options_set_device(glance_options *options, int3
 /* Whether to open engines that are native code and that this user did not build here; by default 0, not. */
 GLANCE_API glance_error *glance_options_set_trust(glance_options *options, int32_t trust);
 /* The path of ONNX Runtime's shared library; NULL, the default: that of the environment variable GLANCE_ONNXRUNTIME,
- * else the one that the library was built for, else the system's libonnxruntime.so.1. A process has one: the first to
- * load. */
+ * else the one that the library was built for, else the system's libonnxruntime.so.1. */
 GLANCE_API glance_error *glance_options_set_onnxruntime(glance_options *options, const char *path);
 /* The folder with the record of large files that were hashed already; NULL, the default: the one that the command
  * glance-trt uses; "": no record, every file is hashed. */

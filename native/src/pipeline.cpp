@@ -90,7 +90,11 @@ Pictures Pipeline::generate(const Wishes &wishes, const Observer &observer) {
         }
         Tensors values = values_of(settings, conditions, negative, size);
         values[latents_value] = Tensor("float32", batched(shape, size), latents);
-        const auto watch = [&](const Call &call) { counter.add(call.value == latents_value ? size : 0); };
+        const auto watch = [&](const Call &call) {
+            if (call.value == latents_value) {
+                counter.add(size);
+            }
+        };
         const Tensor last = runner_->chain(calls, std::move(values), watch);
         tiled ? add_tiled(last, size, pictures) : add(last, size, pictures);
     }

@@ -13,7 +13,7 @@ from .abi import Library
 
 REPOSITORY = Path(__file__).parents[2]
 BUILD = REPOSITORY / "build" / "native"
-_MISSING = ("could not be had", "Could NOT find", "Could not find a package", "CMAKE_CXX_COMPILER not set")
+_MISSING = ("could not be had", "Could NOT find", "Could not find a package", "No CMAKE_CXX_COMPILER could be found")
 """What CMake says where the machine lacks something, rather than the project being wrong."""
 
 

@@ -87,7 +87,7 @@ class Rotary(nn.Module):
     def __init__(self, axes: Sequence[int], side: int) -> None:
         super().__init__()
         self.axes = tuple(axes)
-        for axis in set(self.axes[1:]):
+        for axis in dict.fromkeys(self.axes[1:]):
             tables = get_1d_rotary_pos_embed(axis, torch.arange(side), use_real=True, freqs_dtype=torch.float64)
             for name, table in zip(("cos", "sin"), tables, strict=True):
                 # Every value stands twice, for both of the channels that are turned together.

@@ -207,7 +207,8 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, make_recipe: Ma
     with pytest.raises(ModelError, match=r"no: no such folder, and no id of a model on the Hub"):
         from_recipe(make_recipe(model="no"), tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match="file: not a model; expected a folder in diffusers' layout, or a .safetensors file"):
+    text = r"file: not a model; expected a folder in diffusers' layout, or a \.safetensors file"
+    with pytest.raises(ModelError, match=text):
         from_recipe(make_recipe(model="file"), tmp_path)
 
 
