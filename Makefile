@@ -24,7 +24,7 @@ TEST := $(VENV)/with-cpu,distill,export,rtx,test
 # TensorRT's type stubs, for a test. They lie apart, and come without TensorRT itself, which they ask for.
 STUBS := $(VENV)/stubs/.installed
 
-.PHONY: help demo test lint train distill bench evaluate clean
+.PHONY: help demo test native lint train distill bench evaluate clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +36,11 @@ demo: $(RUN) ## Build the demonstration bundle and make six images, out/sheet.pn
 	time $(BIN)/glance-trt generate out/shapes.bundle $(PROMPTS) --target cpu --seed 7 -o out --sheet out/sheet.png --overwrite
 	@echo 'The images are in out/, all of them on one sheet in out/sheet.png. About nine in ten show what their caption says.'
 
-test: lint ## Lint, check types, and run every test
-	@$(BIN)/pytest
+test: lint ## Lint, check types, and run every test but those of native/
+	@$(BIN)/pytest --ignore=tests/native
+
+native: $(TEST) ## Build the native runtime, which is unfinished, and run its tests
+	@$(BIN)/pytest tests/native
 
 lint: $(TEST) ## Lint and check types
 	@$(BIN)/ruff check

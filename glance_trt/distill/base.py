@@ -14,7 +14,13 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from glance_trt.errors import InputError, ModelError
+from glance_trt.export import model as models
+from glance_trt.export.families import open_model
+from glance_trt.export.families.stable_diffusion import StableDiffusion
+from glance_trt.export.model import Model
 from glance_trt.export.quiet import quiet
+from glance_trt.progress import Progress
+from glance_trt.recipe import Recipe
 
 PIPELINE = "StableDiffusionPipeline"
 
@@ -49,6 +55,20 @@ class Base:
                 found.update(name.encode())
                 found.update(tensor.cpu().contiguous().numpy())
         return found.hexdigest()
+
+
+def find_model(recipe: Recipe, folder: Path, progress: Progress) -> tuple[Model, dict[str, Any]]:
+    """A recipe's model, downloaded where it is on the Hub, and its scheduler's configuration.
+
+    Raises `ModelError` for a family that is not trained here, before its weights are downloaded.
+    """
+    family = open_model(models.find(recipe, folder, whole=False), recipe)
+    if family.name != StableDiffusion.name:
+        raise ModelError(
+            f"{family.model.folder}: a {family.name}; distill trains Stable Diffusion 1 and 2. LoRAs for it come from "
+            "other trainers, and build fuses them"
+        )
+    return models.find(recipe, folder, progress), family.scheduler_config()
 
 
 def load_base(folder: Path) -> Base:

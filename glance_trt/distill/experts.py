@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glance_trt import __version__, strict
 from glance_trt.distill import checkpoint, data, files, fitting, loras, teacher
-from glance_trt.distill.base import Base, device_of, load_base
+from glance_trt.distill.base import Base, device_of, find_model, load_base
 from glance_trt.distill.data import Examples
 from glance_trt.distill.fitting import LossFunction
 from glance_trt.distill.ground_truth import Knots, ground_truth_loss, knots_of
@@ -23,8 +23,6 @@ from glance_trt.distill.student import Parts, Student
 from glance_trt.distill.teacher import Teacher
 from glance_trt.distill.trajectory import Trajectories, through, trajectory_loss
 from glance_trt.errors import OutputError, RecipeError
-from glance_trt.export import model as models
-from glance_trt.export.families import open_model
 from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Distill, Phase, Recipe
 from glance_trt.schedule import Schedule, Step, compile_schedule
@@ -89,8 +87,7 @@ def train(
     """
     settings = _checked(recipe)
     given = data.read(settings, recipe, folder)
-    found = models.find(recipe, folder, progress)
-    config = open_model(found, recipe).scheduler_config()
+    found, config = find_model(recipe, folder, progress)
     phases = [(phase.name, phase.steps) for phase in recipe.phases]
     table = compile_schedule(config, phases, teacher_steps=recipe.teacher_steps, sampler=recipe.sampler)  # or raises
     runs = _runs(recipe, folder, out, config, table)

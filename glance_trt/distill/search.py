@@ -17,11 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from glance_trt.distill import files, teacher
-from glance_trt.distill.base import load_base
+from glance_trt.distill.base import find_model, load_base
 from glance_trt.distill.data import encode_captions
 from glance_trt.errors import RecipeError
-from glance_trt.export import model as models
-from glance_trt.export.families import open_model
 from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Recipe
 from glance_trt.schedule import jump_coefficients
@@ -71,8 +69,7 @@ def search(
     """
     if not 1 <= count <= recipe.teacher_steps:
         raise RecipeError(f"knots: {count} of {recipe.teacher_steps} teacher steps; ask for 1 to all of them")
-    found = models.find(recipe, folder, progress)
-    config = open_model(found, recipe).scheduler_config()
+    found, config = find_model(recipe, folder, progress)
     table = jump_coefficients(config, recipe.teacher_steps)
     base = load_base(found.whole_folder())
     place = base.to(device)

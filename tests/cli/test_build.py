@@ -100,7 +100,7 @@ def test_output_is_required(run: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["none.yaml"], 3, r"error: none.yaml: no such file, and no shipped recipe of that name (shapes"),
+        (["none.yaml"], 3, r"error: none.yaml: no such file, and no shipped recipe of that name (flux-1-dev, "),
         (["wrong.yaml"], 3, r"error: wrong.yaml: phases: missing"),
         (["shapes", "--engine", "gpu"], 3, r"error: gpu: no such file, and no shipped target of that name (cpu, "),
         (

@@ -7,6 +7,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -510,9 +511,16 @@ def test_a_model_of_another_family_is_refused(own_home: Path, make_recipe: MakeR
     with pytest.raises(ModelError, match=text):
         distill.train(make_recipe(scheduler="FlowMatchEulerDiscreteScheduler"), own_home, work=tmp_path)
     index = own_home / "model" / "model_index.json"
-    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
-    with pytest.raises(ModelError, match="FluxPipeline is not supported; supported pipelines: StableDiffusionPipeline"):
+    whole = index.read_text()
+    index.write_text(whole.replace("StableDiffusionPipeline", "KolorsPipeline"))
+    with pytest.raises(ModelError, match="KolorsPipeline is not supported; supported pipelines: StableDiffusionPipe"):
         distill.train(make_recipe(), own_home, work=tmp_path)
+    index.write_text(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glance_trt.export.families.stable_diffusion.StableDiffusion.name", "kandinsky")
+        patch.setattr("glance_trt.distill.base.StableDiffusion", SimpleNamespace(name="stable-diffusion"))
+        with pytest.raises(ModelError, match="model: a kandinsky; distill trains Stable Diffusion 1 and 2"):
+            distill.train(make_recipe(), own_home, work=tmp_path)
     index.unlink()
     with pytest.raises(ModelError, match=r"model: not a diffusers pipeline folder, it has no model_index\.json"):
         distill.train(make_recipe(), own_home, work=tmp_path)
