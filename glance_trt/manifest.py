@@ -173,6 +173,8 @@ def load(text: str | bytes, where: str = MANIFEST) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{where}: not valid JSON: {error}") from None
     found = value.get("format") if isinstance(value, dict) else None
+    if isinstance(found, bool):  # an int to Python, and no format
+        found = None
     if isinstance(found, int) and found > FORMAT:
         raise BundleError(
             f"{where}: format {found} is newer than {FORMAT}, which this version reads; upgrade glance-trt"

@@ -108,7 +108,7 @@ def test_the_engines_to_compare_are_chosen(run: Run, tiny_bundle: Path, compared
     ("content", "message"),
     [
         (None, r"prompts\.txt: No such file or directory; expected a text file with a prompt per line"),
-        (b"\xff\xfe\x00", r"prompts\.txt: not a text in UTF-8; expected a text file with a prompt per line"),
+        (b"\xff\xfe\x00", r"prompts\.txt: not a text in UTF-8; expected a text file .*, and line 1 is none"),
         (b" \n\n", r"prompts\.txt: no prompt in it; expected one per line"),
     ],
     ids=["absent", "binary", "blank"],
