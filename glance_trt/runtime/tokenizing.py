@@ -62,11 +62,10 @@ class Tokenizer:
         name = "tokenizer.json" if isinstance(source, bytes) else os.fspath(source)
         try:
             data = source if isinstance(source, bytes) else Path(source).read_bytes()
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except OSError as error:
             raise BundleError(f"{name}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise BundleError(f"{name}: not a tokenizer that this version of tokenizers reads: {error}") from error
+        with _sound(f"{name}: not a tokenizer that this version of tokenizers reads"):
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if not 0 <= pad_token_id < 2**32 or self._tokenizer.id_to_token(pad_token_id) is None:
@@ -74,7 +73,7 @@ class Tokenizer:
         added = self._tokenizer.num_special_tokens_to_add(False)
         if max_length <= added:
             raise BundleError(f"{name}: max_length: got {max_length}; {added} are taken by the start and end tokens")
-        self._name = name
+        self._unsound = f"{name}: fails on a prompt, so the file is not sound"
         self._room = max_length - added
         self._max_length = max_length
         self._pad_token_id = pad_token_id
@@ -106,22 +105,24 @@ class Tokenizer:
             # To the end of the prompt: an offset's end may leave out combining marks that normalisation composed.
             dropped = prompt[max(encoding.offsets[self._room][0] - len(self._before), 0) :]
             encoding.truncate(self._room)
-        with self._sound():
+        with _sound(self._unsound):
             encoding = self._tokenizer.post_process(encoding)
         ids, mask = np.full(self._max_length, self._pad_token_id, np.int64), np.zeros(self._max_length, np.int64)
         ids[: len(encoding)], mask[: len(encoding)] = encoding.ids, 1
         return Encoded(ids, mask, dropped)
 
     def _tokens(self, text: str) -> tokenizers.Encoding:
-        with self._sound():
+        with _sound(self._unsound):
             return self._tokenizer.encode(text, add_special_tokens=False)
 
-    @contextlib.contextmanager
-    def _sound(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            # tokenizers 0.23 panics on some malformed files, and a panic in Rust arrives as a BaseException.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise BundleError(f"{self._name}: fails on a prompt, so the file is not sound: {error}") from error
+
+@contextlib.contextmanager
+def _sound(what: str) -> Iterator[None]:
+    """Turns what the tokenizers library raises into a `BundleError` that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:
+        # tokenizers 0.23 panics on some malformed files, and a panic in Rust arrives as a BaseException.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise BundleError(f"{what}: {error}") from error

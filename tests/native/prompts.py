@@ -1,4 +1,4 @@
-"""Prompts as token ids, by the Python package, for a library that may not have the tokenizer."""
+"""Prompts as token ids, by the Python package."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from ..models import rich, tiny
 from .abi import Bundle, Library
 from .prompts import tokens
 
+SHAPES = Path(__file__).parents[2] / "examples/shapes"
 PROMPT, NEGATIVE = "a large red circle", "a star"
 PICTURE = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
 SEEDS = range(10)
@@ -50,13 +51,23 @@ def assert_same(native: list[NDArray[np.uint8]], python: list[Any]) -> None:
 # --- the demonstration bundle -----------------------------------------------------------------------------------------
 
 
-def test_ten_seeds_of_the_demonstration_bundle_are_those_of_python(opened: Open, shapes_bundle: Path) -> None:
+def test_fifty_prompts_and_seeds_of_the_demonstration_bundle_are_those_of_python(
+    opened: Open, shapes_bundle: Path
+) -> None:
     bundle, pipeline = opened(shapes_bundle)
-    prompt = "a large red circle left of a small blue star on a white background"
-    ids: dict[str, Any] = {"tokens": tokens(shapes_bundle, prompt)}
-    for seed in SEEDS:
-        assert_same(bundle.generate(seed=seed, **ids), pipeline.generate(prompt, seed=seed))
-    assert_same(bundle.generate(seed=3, count=3, batch_size=2, **ids), pipeline.generate(prompt, seed=3, count=3))
+    captions = (SHAPES / "captions.txt").read_text().splitlines()
+    for seed, prompt in enumerate(captions[:50]):
+        assert_same(bundle.generate(prompt=prompt, seed=seed), pipeline.generate(prompt, seed=seed))
+    prompt = captions[0]
+    assert_same(
+        bundle.generate(prompt=prompt, seed=3, count=3, batch_size=2), pipeline.generate(prompt, seed=3, count=3)
+    )
+
+
+def test_ids_of_a_prompt_do_for_it(opened: Open, shapes_bundle: Path) -> None:
+    bundle, _ = opened(shapes_bundle)
+    (by_ids,) = bundle.generate(tokens=tokens(shapes_bundle, PROMPT), seed=7)
+    assert np.array_equal(by_ids, bundle.generate(prompt=PROMPT, seed=7)[0])
 
 
 # --- a bundle of tiny graphs ------------------------------------------------------------------------------------------

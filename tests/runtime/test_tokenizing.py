@@ -57,6 +57,14 @@ def random_prompts(count: int) -> list[str]:
     return ["".join(rng.choices(alphabet, k=rng.choice([1, 5, 20, 80]))) for _ in range(count)]
 
 
+def test_a_file_that_makes_the_library_panic_is_refused_like_any_other(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    broken = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    file.write_text(json.dumps(json.loads(FILE.read_text()) | {"normalizer": broken}))
+    with pytest.raises(BundleError, match=r"tokenizer\.json: not a tokenizer that this version of tokenizers reads: "):
+        Tokenizer(file, max_length=77, pad_token_id=1)
+
+
 @pytest.mark.parametrize("max_length", [3, 32, 77])
 def test_ids_equal_those_of_the_clip_tokenizer(clip: CLIPTokenizer, max_length: int) -> None:
     tokenizer = Tokenizer(FILE, max_length=max_length, pad_token_id=END)
