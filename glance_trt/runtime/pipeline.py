@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -48,7 +48,8 @@ class StepResult:
     """After one denoising step: its 1-based index in the schedule, its phase, the latents and the step's wall-clock
     time.
 
-    latents [B, C, H, W] float32; the caller may keep them, the next step writes a new array.
+    latents [B, C, H, W] float32; the caller may keep them, the next step writes a new array. Where they were left on a
+    GPU they are no NumPy array, but one with DLPack.
     """
 
     index: int
@@ -182,11 +183,39 @@ class Pipeline:
         values = calls.values(manifest, self._conditions([tokens] * shape[0], negative), settings)
         return calls.of_image(manifest, settings), values | {calls.first_latents(manifest, settings): start}
 
-    def steps(self, prompt: str, *, seed: int = 0, count: int = 1, **wishes: Unpack[Wishes]) -> Iterator[StepResult]:
-        """Denoise a batch of `count` images, one step at a time; arguments as in `generate`."""
+    def steps(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        count: int = 1,
+        latents: Any = None,
+        on_device: bool = False,
+        **wishes: Unpack[Wishes],
+    ) -> Iterator[StepResult]:
+        """Denoise a batch of `count` images, one step at a time.
+
+        on_device: leave the latents of each step where the engines run, as `pixels` leaves its images; on a GPU, a
+        step's milliseconds are then those of its launch. The other arguments are as in `pixels`.
+        """
         settings = self.settings(**wishes)
-        _, values = self.prepare(prompt, settings, seed=seed, count=count)
-        return self._denoise(calls.of_steps(self.bundle.manifest, settings), values)
+        _, values = self.prepare(prompt, settings, seed=seed, count=count, latents=latents)
+        return self._denoise(calls.of_steps(self.bundle.manifest, settings), values, on_device=on_device)
+
+    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run one engine.
+
+        inputs: by the names that ``bundle.manifest.graphs`` has for its ports, arrays of NumPy, or of any library with
+        DLPack or ``__cuda_array_interface__``. The outputs are left where the engines run, as by `pixels`. Raises
+        `InputError` and `TargetError`.
+        """
+        graphs = self.bundle.manifest.graphs
+        if graph not in graphs:
+            raise InputError(f"graph {graph!r}: this bundle has {', '.join(graphs)}")
+        outputs = {port.name: f"output.{port.name}" for port in graphs[graph].outputs}
+        call = Call(graph, tuple((name, name) for name in inputs), tuple(outputs.items()))
+        found = self.runner.chain([call], inputs, [*outputs.values()], on_device=True).values
+        return {port: found[name] for port, name in outputs.items()}
 
     def settings(self, **wishes: Unpack[Wishes]) -> Settings:
         """What `generate` makes of these arguments. Raises `InputError`."""
@@ -290,11 +319,16 @@ class Pipeline:
             on_step(result)
         return self._run(part[-1], values) if last == calls.PIXELS else values[last]
 
-    def _denoise(self, steps: Sequence[Call], values: Values) -> Iterator[StepResult]:
+    def _denoise(self, steps: Sequence[Call], values: Values, *, on_device: bool = False) -> Iterator[StepResult]:
         """Run steps one by one; the latents after each are added to `values`."""
         for call in steps:
             start, name = time.perf_counter(), call.outputs[0][1]
-            latents = values[name] = self._run(call, values)
+            if on_device:
+                given = {value: values[value] for _, value in call.inputs}
+                latents = self.runner.chain([call], given, [name], on_device=True).values[name]
+            else:
+                latents = self._run(call, values)
+            values[name] = latents
             milliseconds = (time.perf_counter() - start) * 1e3
             yield StepResult(int(name.partition(".")[2]), call.graph.partition(".")[2], latents, milliseconds)
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glance_trt.errors import InputError, TargetError
+from glance_trt.runtime.interchange import OnGpu
 from glance_trt.runtime.runners.on_device import DeviceArray, Event, Memory, NotCaptured, Spec
 
 try:
@@ -59,6 +60,10 @@ class CudaArray:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self._view.__dlpack_device__()  # type: ignore[no-any-return]
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return OnGpu(self.address, self.spec.shape, self.spec.dtype, self.device.stream).__cuda_array_interface__
 
 
 class CudaEvent:
@@ -184,9 +189,9 @@ class Cuda:
         if isinstance(array, CudaArray) and array.device is self:
             return array
         try:
-            view = StridedMemoryView.from_dlpack(array, self.stream)
+            view = StridedMemoryView.from_any_interface(array, self.stream)
         except Exception as error:  # whatever the other library raises
-            raise InputError(f"an array of {type(array).__name__} cannot be taken through DLPack: {error}") from None
+            raise InputError(f"an array of {type(array).__name__} cannot be taken: {error}") from None
         if not view.is_device_accessible or view.device_id != self.ordinal:
             raise InputError(f"an array on device {view.device_id}; this pipeline runs on GPU {self.ordinal}")
         if view.strides is not None and not _is_contiguous(view.shape, view.strides):

@@ -114,7 +114,8 @@ class Device(Protocol):
         """An array over memory of the device, which it closes when it goes."""
 
     def take(self, array: Any) -> DeviceArray:
-        """Another library's array on this device, through DLPack; the stream waits for what made it."""
+        """Another library's array on this device, through DLPack or ``__cuda_array_interface__``; the stream waits for
+        what made it."""
 
     def close(self) -> None:
         """Release the device's own resources."""
@@ -252,6 +253,8 @@ class DeviceRunner:
     def _input(self, value: Any) -> NDArray[Any] | DeviceArray:
         if isinstance(value, (np.ndarray, np.generic)):
             return np.asarray(value, order="C")
+        if hasattr(value, "__cuda_array_interface__") and not hasattr(value, "__dlpack__"):
+            return self._device.take(value)
         if not hasattr(value, "__dlpack__"):
             raise InputError(f"expected an array, of NumPy or with DLPack; got {type(value).__name__}")
         on_host = value.__dlpack_device__()[0] == _ON_HOST and not self._device.is_host

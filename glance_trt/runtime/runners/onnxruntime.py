@@ -170,7 +170,12 @@ def import_onnxruntime() -> Any:
 
 
 def _array(value: Any) -> NDArray[Any]:
-    return np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else np.from_dlpack(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return np.asarray(value)
+    try:
+        return np.from_dlpack(value)
+    except (AttributeError, TypeError, BufferError, RuntimeError) as error:
+        raise InputError(f"an array of {type(value).__name__} cannot be taken through DLPack: {error}") from None
 
 
 def _cpu() -> str:

@@ -58,7 +58,7 @@ def test_every_method_of_cuda_core_exists() -> None:
         Device: ("set_current", "create_stream", "allocate"),
         Stream: ("close", "handle"),
         LegacyPinnedMemoryResource: ("allocate",),
-        StridedMemoryView: ("from_buffer", "from_dlpack", "__dlpack__", "__dlpack_device__"),
+        StridedMemoryView: ("from_buffer", "from_any_interface", "__dlpack__", "__dlpack_device__"),
     }.items():
         for name in names:
             assert hasattr(owner, name), (owner, name)
@@ -100,6 +100,19 @@ def test_what_is_exported_makes_the_consumer_s_stream_wait() -> None:
     for stream in (None, 1, 2, 77, -1):
         assert made.__dlpack__(stream=stream) == "capsule -1"
     assert waits == [("cuStreamWaitEvent", stream, "event", 0) for stream in (1, 1, 2, 77)]
+
+
+def test_what_is_exported_tells_its_address_and_stream() -> None:
+    device: Any = SimpleNamespace(stream=77)
+    view = SimpleNamespace(ptr=4096, shape=(2, 3), dtype="float32")
+    assert cuda.CudaArray(device, view, None).__cuda_array_interface__ == {
+        "shape": (2, 3),
+        "typestr": "<f4",
+        "data": (4096, False),
+        "strides": None,
+        "stream": 77,
+        "version": 3,
+    }
 
 
 def test_an_operation_that_cannot_be_captured_leaves_the_stream_as_it_was() -> None:

@@ -227,6 +227,34 @@ def test_pixels_stay_on_the_device_and_latents_may_come_from_there(on_device: Pi
         on_device.pixels(PROMPT, latents=np.zeros((2, 4, 4, 6), np.float32))
 
 
+def test_steps_leave_their_latents_on_the_device(on_device: Pipeline, on_host: Pipeline) -> None:
+    noise = np.random.default_rng(0).normal(size=(2, 3, 4, 6)).astype(np.float32)
+    for given in ({"seed": 3}, {"latents": noise}):
+        expected = list(on_host.steps(PROMPT, **given))
+        found = list(on_device.steps(PROMPT, on_device=True, **given))
+        assert [(step.index, step.phase) for step in found] == [(step.index, step.phase) for step in expected]
+        for step, same in zip(found, expected, strict=True):
+            assert not isinstance(step.latents, np.ndarray)
+            assert np.array_equal(np.from_dlpack(step.latents), same.latents)
+
+
+def test_one_engine_takes_what_another_left_on_the_device(on_device: Pipeline, on_host: Pipeline) -> None:
+    *_, last = on_device.steps(PROMPT, seed=3, on_device=True)
+    shared = on_device.run("decoder", {"latents": last.latents})
+    assert list(shared) == ["images"]
+    assert np.array_equal(np.from_dlpack(shared["images"]), pixels(on_host, seed=3))
+    *_, last = on_host.steps(PROMPT, seed=3)
+    for pipeline in (on_device, on_host):
+        (found,) = pipeline.run("decoder", {"latents": last.latents}).values()
+        assert np.array_equal(np.from_dlpack(found), pixels(on_host, seed=3))
+        with pytest.raises(InputError, match=r"^graph 'nothing': this bundle has text_encoder, "):
+            pipeline.run("nothing", {})
+        with pytest.raises(InputError, match="decoder"):
+            pipeline.run("decoder", {})
+        with pytest.raises(InputError, match=r"list"):
+            pipeline.run("decoder", {"latents": [1.0]})
+
+
 @pytest.mark.parametrize("wishes", [{}, {"height": 12, "width": 8}, {"image": PICTURE, "strength": 0.6}])
 def test_sizes_masks_and_images_from_images_are_those_of_the_host_s_runner(
     rich_bundle: Path, device: HostDevice, wishes: dict[str, Any]
