@@ -54,7 +54,7 @@ distill: $(TRAIN) ## Train the demonstration model's two phase experts
 	$(BIN)/glance-trt distill export/shapes.yaml
 
 bench: $(TEST) ## Run every benchmark but bench/gpu.py, which needs an NVIDIA GPU
-	@for script in $(filter-out bench/gpu.py,$(wildcard bench/*.py)); do echo "$$script"; $(BIN)/python "$$script"; done
+	@for script in $(filter-out bench/figures.py bench/gpu.py bench/random_models.py,$(wildcard bench/*.py)); do echo "$$script"; $(BIN)/python "$$script"; done
 
 evaluate: $(TEST) ## Prompt accuracy of teacher, experts and base over 500 held-out captions, and the README's picture
 	$(BIN)/python examples/shapes/evaluate.py

@@ -16,17 +16,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from figures import Figure, run_stage, show
+
 from glance_trt.bench import memory
-from glance_trt.duel import run_process
 from glance_trt.engines import targets
 from glance_trt.recipe import Lora, Phase, Recipe
 
@@ -47,16 +46,6 @@ RECIPE = Recipe(
     width=512,
 )
 PHASES = tuple(phase.name for phase in RECIPE.phases)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value, and the most that it may be, if there is such a limit."""
-
-    what: str
-    value: float
-    unit: str
-    limit: float | None = None
 
 
 def unet_of(channels: tuple[int, ...]) -> UNet2DConditionModel:
@@ -200,13 +189,7 @@ def measure(work: Path, channels: tuple[int, ...], engines: bool) -> Iterator[Fi
     """Run the stages in order."""
 
     def run(*stage: str) -> tuple[float, float, Any]:
-        """Seconds, peak memory in MB, and what the stage returns."""
-        print(" ".join(stage), file=sys.stderr, flush=True)
-        figures = work / "figures.json"
-        command = [sys.executable, __file__, "--stage", *stage, "--work", str(work), "--figures", str(figures)]
-        command += ["--channels", ",".join(map(str, channels))]
-        seconds, peak = run_process(command, len(os.sched_getaffinity(0)))
-        return seconds, peak, json.loads(figures.read_text())
+        return run_stage(__file__, work, stage, "--channels", ",".join(map(str, channels)))
 
     seconds, peak, found = run("make")
     yield Figure("model: parameters of the UNet", found["parameters"] / 1e6, "M")
@@ -255,18 +238,10 @@ def main() -> int:
         figures = stages[name](options.work, *([channels] if name == "make" else rest))
         options.figures.write_text(json.dumps(figures))
         return 0
-    broken = False
     with tempfile.TemporaryDirectory(prefix="glance-bench-") as folder:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        print(f"{'':<44}{'measured':>11}{'':<5}{'limit':>7}")
-        for figure in measure(work, channels, not options.skip_engines):
-            limit = figure.limit if channels == CHANNELS else None
-            over = limit is not None and figure.value > limit
-            broken |= over
-            shown = f"{'' if limit is None else f'{limit:g}':>7}{'  BROKEN' if over else ''}"
-            print(f"{figure.what:<44}{figure.value:>11.2f} {figure.unit:<4}{shown}".rstrip(), flush=True)
-    return int(broken)
+        return show(measure(work, channels, not options.skip_engines), limited=channels == CHANNELS)
 
 
 if __name__ == "__main__":

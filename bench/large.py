@@ -17,19 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import struct
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from figures import Figure, run_stage, show
+
 from glance_trt.bundle import DType
-from glance_trt.duel import run_process
 from glance_trt.recipe import Guidance, Lora, Phase, Recipe
 
 REPOSITORY = Path(__file__).parents[1]
@@ -58,16 +57,6 @@ PARTS = {
     "tokenizer_2": ("transformers", "T5TokenizerFast"),
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value, and the most that it may be, if there is such a limit."""
-
-    what: str
-    value: float
-    unit: str
-    limit: float | None = None
 
 
 # --- the stages, each in a process of its own -----------------------------------------------------------------------
@@ -193,12 +182,7 @@ def measure(work: Path, blocks: tuple[int, ...]) -> Iterator[Figure]:
     """Run the stages in order."""
 
     def run(stage: str) -> tuple[float, float, Any]:
-        """Seconds, peak memory in MB, and what the stage returns."""
-        print(stage, file=sys.stderr, flush=True)
-        figures = work / "figures.json"
-        command = [sys.executable, __file__, "--stage", stage, "--work", str(work), "--figures", str(figures)]
-        seconds, peak = run_process([*command, "--blocks", ",".join(map(str, blocks))], len(os.sched_getaffinity(0)))
-        return seconds, peak, json.loads(figures.read_text())
+        return run_stage(__file__, work, (stage,), "--blocks", ",".join(map(str, blocks)))
 
     _, _, model = run("make")
     yield Figure("model: weights", model["bytes"] / 1e9, "GB")
@@ -233,16 +217,8 @@ def main() -> int:
         figures = stages[options.stage](options.work, *([blocks] if options.stage == "make" else []))
         options.figures.write_text(json.dumps(figures))
         return 0
-    broken = False
     with tempfile.TemporaryDirectory(prefix="glance-bench-", dir=options.work) as folder:
-        print(f"{'':<44}{'measured':>11}{'':<5}{'limit':>7}")
-        for figure in measure(Path(folder), blocks):
-            limit = figure.limit if blocks == BLOCKS else None
-            over = limit is not None and figure.value > limit
-            broken |= over
-            shown = f"{'' if limit is None else f'{limit:g}':>7}{'  BROKEN' if over else ''}"
-            print(f"{figure.what:<44}{figure.value:>11.2f} {figure.unit:<4}{shown}".rstrip(), flush=True)
-    return int(broken)
+        return show(measure(Path(folder), blocks), limited=blocks == BLOCKS)
 
 
 if __name__ == "__main__":

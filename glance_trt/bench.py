@@ -135,7 +135,7 @@ def time_stages(pipeline: Pipeline, prompt: str, batch: int, runs: int, progress
     Each prompt begins with the numbers of its batch size and run, so that none is cached.
     """
     runner = pipeline.runner
-    watch = _Stopwatch(runner)
+    encoders, watch = pipeline.bundle.manifest.text_encoders(), _Stopwatch(runner)
     pipeline.runner = watch
     stage = f"stages, batch {batch}"
     encoder: list[float] = []
@@ -153,7 +153,7 @@ def time_stages(pipeline: Pipeline, prompt: str, batch: int, runs: int, progress
             if i == 0:
                 continue
             engines = [seconds * 1e3 for graph, seconds in watch.seconds if graph.startswith("denoiser.")]
-            encoder.append(sum(seconds * 1e3 for graph, seconds in watch.seconds if graph.startswith("text_encoder")))
+            encoder.append(sum(seconds * 1e3 for graph, seconds in watch.seconds if graph in encoders))
             decoder += [seconds * 1e3 for graph, seconds in watch.seconds if graph == "decoder"]
             for result, engine in zip(results, engines, strict=True):
                 steps.setdefault(result.phase, []).append(result.milliseconds)

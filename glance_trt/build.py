@@ -24,7 +24,6 @@ from glance_trt.engines import backends, targets
 from glance_trt.engines.targets import Profile, Target
 from glance_trt.errors import BundleError, OutputError, RecipeError
 from glance_trt.export import inputs as inputs_
-from glance_trt.export import model as models
 from glance_trt.export.compare import Taken, comparable, compare
 from glance_trt.export.exporter import Exported, export
 from glance_trt.export.families import Family
@@ -79,8 +78,7 @@ def build(
     with writing(output), recipe.naming(recipe_name):
         _check_phase_names(plan)
         plan = _scaled(plan, lora_scales or {})
-        models.find(plan, folder, progress)  # downloads, if need be; from here on it is there
-        work = _Build(inputs_.read(plan, folder), wanted, output, progress)
+        work = _Build(inputs_.read(plan, folder, progress), wanted, output, progress)
         with contextlib.suppress(BundleError, OSError):  # looked at closely below
             if work.is_current(bundle := Bundle.open(output)):
                 return work.unchanged(bundle)
@@ -123,6 +121,8 @@ class _Build:
         self.inputs, self.targets, self.output, self.progress = inputs, wanted, output, progress
         self.plan, self.family = inputs.recipe, inputs.family
         self.image = self.family.image()
+        for target in wanted:
+            backends.check_profiles(target, self.family.size_unit())
         self.schedules = schedules(self.family, self.plan)
         self.notes = inputs.notes(self.schedules["default"])
         self.requires = {target.name: backends.requires(target) for target in wanted}
@@ -155,7 +155,8 @@ class _Build:
     def run(self, previous: Bundle | None) -> Report:
         """Make what is not there yet, and put the bundle in its place."""
         dtypes = [target.dtype for target in self.targets]
-        runnable = any(unrunnable(target.backend, self.requires[target.name]) is None for target in self.targets)
+        reasons = {target.name: unrunnable(target.backend, self.requires[target.name]) for target in self.targets}
+        self.not_compared = {name: reason for name, reason in reasons.items() if reason}
         with self._timed("fuse and export"), Worker("fuse and export") as worker:
             exported = worker.call(
                 export,
@@ -163,7 +164,7 @@ class _Build:
                 self.output,
                 previous,
                 dtypes,
-                comparable=not runnable,
+                comparable=len(self.not_compared) == len(self.targets),
                 progress=self.progress,
             )
         staging = Staging(self.output, previous)
@@ -198,10 +199,7 @@ class _Build:
         """The engines that run here against PyTorch; without any, the portable graphs through ONNX Runtime."""
         parity: dict[str, Sequence[Any]] = {}
         for target in self.targets:
-            reason = unrunnable(target.backend, engines[target.name].requires)
-            if reason:
-                self.not_compared[target.name] = reason
-            else:
+            if target.name not in self.not_compared:
                 parity[target.name] = self._compared(
                     folder, engines[target.name], self._dtypes(target), self._taken(target)
                 )
@@ -225,12 +223,11 @@ class _Build:
         """What the plans of a target take: the fewest and the most images, at the usual size."""
         if target.backend.startswith("onnxruntime"):
             return None
-        profile, (_, height, width) = (target.profiles or (Profile(),))[0], self.image.latent_shape
-        scale = self.image.latent_scale
-        usual = tuple(
-            item[1] // scale if item else own for item, own in ((profile.height, height), (profile.width, width))
-        )
-        return Taken(tuple(dict.fromkeys((profile.batch[0], profile.batch[2]))), (usual[0], usual[1]))
+        profile, scale = (target.profiles or (Profile(),))[0], self.image.latent_scale
+        height = profile.height[1] if profile.height else self.image.height
+        width = profile.width[1] if profile.width else self.image.width
+        fewest, _, most = profile.batch
+        return Taken(tuple(dict.fromkeys((fewest, most))), (height // scale, width // scale))
 
     def _report(self, bundle: Bundle, parity: Mapping[str, Sequence[Any]]) -> Path:
         """Write the page that shows what was done, beside the bundle."""
@@ -351,5 +348,5 @@ def _table(config: Mapping[str, Any], plan: Recipe, image_tokens: int | None) ->
         for step in compiled.steps
     )
     # diffusers' pipelines from images round the number of steps down for diffusion, and up for flow matching.
-    rounding: Literal["up", "down"] = "up" if str(config.get("_class_name")).startswith("FlowMatch") else "down"
+    rounding: Literal["up", "down"] = "up" if schedule.is_flow_matching(config) else "down"
     return format_.Schedule(steps, initial_noise_scale=compiled.initial_noise_scale, strength_rounding=rounding)

@@ -64,6 +64,15 @@ def check_range(path: str, value: int, low: int, high: int) -> None:
         raise Mismatch(f"{path}: expected a whole number from {low} to {high}, got {shown(value)}")
 
 
+def check_sizes(path: str, sizes: Sequence[Sequence[int]]) -> None:
+    """Image sizes, each [height, width] in pixels."""
+    for i, size in enumerate(sizes):
+        if len(size) != 2:
+            raise Mismatch(f"{path}[{i}]: expected [height, width], got {list(size)}")
+        for side in size:
+            check_range(f"{path}[{i}]", side, 1, IMAGE_SIDE)
+
+
 def check_float32(path: str, value: float) -> None:
     """float32 can hold `value` without it becoming infinite."""
     if abs(value) > FLOAT32:

@@ -183,11 +183,7 @@ class Recipe:
                 raise strict.Mismatch(f"phases[{i}].guide: takes a guidance scale, and guidance.mode is none")
         limits.check_range("height", self.height, 1, limits.IMAGE_SIDE)
         limits.check_range("width", self.width, 1, limits.IMAGE_SIDE)
-        for i, size in enumerate(self.sizes):
-            if len(size) != 2:
-                raise strict.Mismatch(f"sizes[{i}]: expected [height, width], got {list(size)}")
-            for side in size:
-                limits.check_range(f"sizes[{i}]", side, 1, limits.IMAGE_SIDE)
+        limits.check_sizes("sizes", self.sizes)
         if self.sides and not (len(self.sides) == 2 and 1 <= self.sides[0] <= self.sides[1] <= limits.IMAGE_SIDE):
             raise strict.Mismatch(f"sides: expected the lowest and the highest one, got {list(self.sides)}")
         for key, most in (("prompt_tokens", limits.PROMPT_TOKENS), ("tile", limits.IMAGE_SIDE)):

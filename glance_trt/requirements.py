@@ -50,6 +50,8 @@ def unrunnable(backend: str, requires: Mapping[str, str], device: int = 0) -> st
     """
     try:
         if backend == "onnxruntime":
+            if device:
+                return f"runs on the CPU; for GPU {device}, take a target for one"
             from glance_trt.runtime.runners.onnxruntime import unmet
 
             return unmet(requires)

@@ -339,6 +339,11 @@ def teacher_grid(config: Mapping[str, Any], steps: int, image_tokens: int | None
     return _grid(_scheduler(config), steps, image_tokens)
 
 
+def is_flow_matching(config: Mapping[str, Any]) -> bool:
+    """Whether the scheduler of this config is one for models that predict a flow, not noise."""
+    return str(config.get("_class_name")).startswith("FlowMatch")
+
+
 def log_snr(config: Mapping[str, Any], levels: Floats) -> NDArray[np.float64]:
     """The log signal-to-noise ratio, in nats, of levels on the grid of this config's scheduler (`Grid.levels`).
 

@@ -187,7 +187,7 @@ class Schedule:
                     f"({', '.join(self.coefficients)}), got {len(step.coefficients)}"
                 )
         limits.check_float32("initial_noise_scale", self.initial_noise_scale)
-        _check_sizes(self.sizes)
+        limits.check_sizes("sizes", self.sizes)
 
     def fits(self, height: int, width: int) -> bool:
         """Whether it is for images of this size."""
@@ -217,7 +217,7 @@ class Image:
             limits.check_range(key, getattr(self, key), 1, limits.IMAGE_SIDE)
         for key in ("height", "width"):
             self._check_side(key, getattr(self, key))
-        _check_sizes(self.sizes)
+        limits.check_sizes("sizes", self.sizes)
         for i, size in enumerate(self.sizes):
             for side in size:
                 self._check_side(f"sizes[{i}]", side)
@@ -318,14 +318,6 @@ class Provenance:
     loras: tuple[LoraSource, ...] = ()
     tools: dict[str, str] = field(default_factory=dict)
     guides: tuple[GuideSource, ...] = ()
-
-
-def _check_sizes(sizes: tuple[tuple[int, ...], ...]) -> None:
-    for i, size in enumerate(sizes):
-        if len(size) != 2:
-            raise strict.Mismatch(f"sizes[{i}]: expected [height, width], got {list(size)}")
-        for side in size:
-            limits.check_range(f"sizes[{i}]", side, 1, limits.IMAGE_SIDE)
 
 
 def _check_compute_dtype(path: str, dtype: str) -> None:

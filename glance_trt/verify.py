@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,14 @@ def compare(
     default those that the recipe distils with. images: how many, by default one of each prompt given, or 2. Raises
     `ParityError` where a graph or an image differs too much, or where the recipe has another schedule or guidance.
     """
+    for module in ("torch", "diffusers", "peft"):  # before those that are there take seconds to load
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
     from glance_trt.export import inputs, parity, phases
-    from glance_trt.export import model as models
     from glance_trt.export.reference import DiffusersReference
 
     plan, folder = recipe.load(recipe_name)
-    models.find(plan, folder, progress)  # downloads, if need be
-    made_from = inputs.read(plan, folder)
+    made_from = inputs.read(plan, folder, progress)
     family = made_from.family
     if any(item not in bundle.manifest.schedules.values() for item in schedules(family, plan).values()):
         raise ParityError(f"schedule: {recipe_name} compiles to other steps than the bundle's")

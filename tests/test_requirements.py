@@ -38,6 +38,11 @@ def test_a_plan_that_was_built_here_runs_here() -> None:
     assert unrunnable("tensorrt", {}) is None, "an unknown need is none"
 
 
+def test_the_engines_of_a_cpu_run_on_no_gpu() -> None:
+    assert unrunnable("onnxruntime", of_the_cpu(), 0) is None
+    assert unrunnable("onnxruntime", of_the_cpu(), 3) == "runs on the CPU; for GPU 3, take a target for one"
+
+
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("wanted", "runs"),

@@ -41,8 +41,11 @@ def command(
     Example: glance-trt distill export/shapes.yaml
     """
     from glance_trt import recipe as recipes
+    from glance_trt.distill import checks
 
-    plan, folder = recipes.load(recipe)  # before PyTorch, which takes seconds to load
+    plan, folder = recipes.load(recipe)
+    with recipes.naming(recipe):
+        checks.settings_of(plan)
     from glance_trt.distill.experts import train
 
     stages = set()

@@ -11,6 +11,8 @@ import click
 from glance_trt.cli import options
 from glance_trt.cli.bars import bars, echo
 
+_CELL = 192  # pixels of a contact sheet's cells, at least: a caption has to be read
+
 
 @click.command("generate")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -46,7 +48,9 @@ from glance_trt.cli.bars import bars, echo
     help="A folder, or a .png file for one image. Default: here.",
 )
 @click.option(
-    "--sheet", type=click.Path(path_type=Path), help="Also write all on one contact sheet (.png, .jpg, .webp)."
+    "--sheet",
+    type=click.Path(path_type=Path),
+    help="Also write all on one sheet, captioned (.png, .jpg, .webp).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON record per image instead of its path.")
@@ -119,7 +123,7 @@ def command(
             outputs = files.missing(outputs, pipeline, settings, image_sha256=image_sha256, overwrite=overwrite)
             if there := every - len(outputs):
                 click.echo(f"{there} of {every} images are there already, made alike: left as they are", err=True)
-        made = []
+        made, labels = [], []
         for wanted, drawn in files.make(
             outputs,
             pipeline,
@@ -133,5 +137,6 @@ def command(
             echo(json.dumps(record) if as_json else os.fsencode(wanted.file))
             if sheet:
                 made.append(drawn)
+                labels.append(f"{wanted.request.prompt} ({wanted.request.seed})")
         if sheet:
-            files.save_sheet(contact_sheet(made, columns=max(count, 3)), sheet)
+            files.save_sheet(contact_sheet(made, max(count, 3), labels, least=_CELL), sheet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -33,7 +34,7 @@ def describe(manifest: Manifest) -> list[str]:
     image, source = manifest.image, manifest.provenance
     lines = [
         f"{manifest.name}  ({manifest.family}, format {manifest.format})",
-        f"  model folder {source.model}",
+        f"  base model   {source.model}",
     ]
     for lora in source.loras:
         alpha = "no alpha in the file" if lora.alpha is None else f"alpha {lora.alpha:g}"
@@ -63,19 +64,20 @@ def describe(manifest: Manifest) -> list[str]:
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]  # a bundle is not to be trusted
 
 
-def table(name: str, schedule: Schedule) -> list[str]:
-    """A schedule, line by line."""
+def table(name: str, schedule: Schedule, knots: Sequence[int] = ()) -> list[str]:
+    """A schedule, line by line. knots: of its steps, where they are known."""
     count = f"{len(schedule.steps)} step{'s' if len(schedule.steps) > 1 else ''}"
     columns = "".join(f" {column:>10}" for column in schedule.coefficients)
     sizes = "".join(f", {width} x {height}" for height, width in schedule.sizes)
     width = max(len(phase) for phase in ("phase", *(step.phase for step in schedule.steps)))
     lines = [
         f"schedule {name}: {count}, initial noise x {schedule.initial_noise_scale:g}{sizes}",
-        f"  {'step':>4} {'phase':<{width}} {'timestep':>10}{columns}",
+        f"  {'step':>4}{' knot' if knots else ''} {'phase':<{width}} {'timestep':>10}{columns}",
     ]
     for i, step in enumerate(schedule.steps, start=1):
         numbers = "".join(f" {value:10.5f}" for value in (step.timestep, *step.coefficients))
-        lines.append(f"  {i:>4} {step.phase:<{width}}{numbers}")
+        knot = f" {knots[i - 1]:>4}" if knots else ""
+        lines.append(f"  {i:>4}{knot} {step.phase:<{width}}{numbers}")
     return lines
 
 

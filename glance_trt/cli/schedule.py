@@ -117,15 +117,15 @@ def _show(plan: Recipe, folder: Path) -> None:
     from glance_trt import build
     from glance_trt.cli.inspect import table
     from glance_trt.engines import targets
-    from glance_trt.export import model as models
-    from glance_trt.export.families import open_model
+    from glance_trt.export.families import from_recipe
 
     with bars() as progress:
-        family = open_model(models.find(plan, folder, progress, whole=False), plan)
+        family = from_recipe(plan, folder, progress, whole=False)
     family.image()
     targets.load_all(plan.engines)
+    knots = [step for phase in plan.phases for step in phase.steps]
     for name, schedule in build.schedules(family, plan).items():
-        for line in table(name, schedule):
+        for line in table(name, schedule, knots):
             click.echo(line)
 
 

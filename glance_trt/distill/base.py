@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from glance_trt.errors import InputError, ModelError
 from glance_trt.export import model as models
-from glance_trt.export.families import open_model
+from glance_trt.export.families import from_recipe
 from glance_trt.export.families.stable_diffusion import StableDiffusion
 from glance_trt.export.model import Model
 from glance_trt.export.quiet import quiet
@@ -62,7 +62,7 @@ def find_model(recipe: Recipe, folder: Path, progress: Progress) -> tuple[Model,
 
     Raises `ModelError` for a family that is not trained here, before its weights are downloaded.
     """
-    family = open_model(models.find(recipe, folder, whole=False), recipe)
+    family = from_recipe(recipe, folder, whole=False)
     if family.name != StableDiffusion.name:
         raise ModelError(
             f"{family.model.folder}: a {family.name}; distill trains Stable Diffusion 1 and 2. LoRAs for it come from "

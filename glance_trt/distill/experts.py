@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from glance_trt import __version__, strict
-from glance_trt.distill import checkpoint, data, files, fitting, loras, teacher
+from glance_trt.distill import checkpoint, checks, data, files, fitting, loras, teacher
 from glance_trt.distill.base import Base, device_of, find_model, load_base
 from glance_trt.distill.data import Examples
 from glance_trt.distill.fitting import LossFunction
@@ -26,9 +26,6 @@ from glance_trt.errors import OutputError, RecipeError
 from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Distill, Phase, Recipe
 from glance_trt.schedule import Schedule, Step, compile_schedule
-
-SIZE_MULTIPLE = 8
-"""Of images, in pixels; what diffusers' pipeline asks for."""
 
 _METHODS = {
     "ground-truth": "ground truth (arXiv 2512.02899)",
@@ -85,7 +82,7 @@ def train(
     Raises `RecipeError` for a recipe or an image that does not fit, `ModelError` for a base model that is no Stable
     Diffusion, `OutputError` for a result that exists (unless `overwrite`), and whatever `fitting.fit` raises.
     """
-    settings = _checked(recipe)
+    settings = checks.settings_of(recipe)
     given = data.read(settings, recipe, folder)
     found, config = find_model(recipe, folder, progress)
     phases = [(phase.name, phase.steps) for phase in recipe.phases]
@@ -130,30 +127,6 @@ def train(
     return results
 
 
-def _checked(recipe: Recipe) -> Distill:
-    settings = recipe.distill
-    if settings is None:
-        raise RecipeError(
-            "distill: missing; training needs at least a prompt there, such as 'distill: {prompt: a cat}'"
-        )
-    for key in ("height", "width"):
-        if getattr(recipe, key) % SIZE_MULTIPLE:
-            raise RecipeError(f"{key}: {getattr(recipe, key)} is not a multiple of {SIZE_MULTIPLE}")
-    for i, phase in enumerate(recipe.phases):
-        if phase.guide is not None and settings.method == "ground-truth":
-            raise RecipeError(f"phases[{i}].guide: ground truth holds no guidance to learn; use another distill.method")
-        if phase.guide is not None and settings.guidance and settings.guidance.mode == "none":
-            raise RecipeError(f"phases[{i}].guide: distill.guidance.mode none holds no guidance to learn; use cfg")
-        if phase.guide is not None and settings.guide == "embedding" and phase.lora is None:
-            raise RecipeError(f"phases[{i}]: an embedding of the scale acts through a LoRA; name one, or another guide")
-        if phase.lora and not phase.guide and recipe.guidance.mode == "cfg" and settings.method != "ground-truth":
-            raise RecipeError(
-                f"guidance.mode: cfg would guide twice what distill.method {settings.method} teaches the LoRA of phase "
-                f"{phase.name}; set it to none, and distill.guidance to the teacher's"
-            )
-    return settings
-
-
 def _runs(recipe: Recipe, folder: Path, out: Path | None, config: Mapping[str, Any], table: Schedule) -> list[_Run]:
     runs, taken = [], dict[Path, str]()
     for i, phase in enumerate(recipe.phases):
@@ -168,8 +141,6 @@ def _runs(recipe: Recipe, folder: Path, out: Path | None, config: Mapping[str, A
         jumps = tuple(step for step in table.steps if step.phase == phase.name)
         first = table.steps.index(jumps[0])
         runs.append(_Run(phase, knots_of(config, recipe.teacher_steps, phase.steps), jumps, first, parts))
-    if not taken:
-        raise RecipeError("phases: none names a lora or a guide file, so there is nothing to train")
     return runs
 
 

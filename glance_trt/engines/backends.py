@@ -13,7 +13,18 @@ from glance_trt.errors import RecipeError
 from glance_trt.progress import Progress, silent
 from glance_trt.requirements import unrunnable
 
-__all__ = ["Built", "build", "built", "needs", "portable", "ranges", "requires", "unavailable", "unrunnable"]
+__all__ = [
+    "Built",
+    "build",
+    "built",
+    "check_profiles",
+    "needs",
+    "portable",
+    "ranges",
+    "requires",
+    "unavailable",
+    "unrunnable",
+]
 
 _MODULES = {"onnxruntime": ("onnxruntime", "onnx"), "onnxruntime-gpu": ("onnx",)}
 """By backend: the modules that building needs, which pip knows by the same names."""
@@ -96,6 +107,19 @@ def ranges(graph: Graph, target: Target, image: Image) -> list[Ranges]:
     return found
 
 
+def check_profiles(target: Target, unit: int) -> None:
+    """Raise `RecipeError` for a profile with a size of images that is no multiple of `unit` pixels."""
+    for i, profile in enumerate(target.profiles):
+        for side, pixels in (("height", profile.height), ("width", profile.width)):
+            _check_multiples(f"{target.name}: profiles[{i}].{side}", pixels, unit)
+
+
+def _check_multiples(where: str, pixels: tuple[int, ...], unit: int) -> None:
+    for size in pixels:
+        if size % unit:
+            raise RecipeError(f"target {where}: expected multiples of {unit} pixels for this model, got {size}")
+
+
 def _sides(image: Image) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """The smallest, the usual and the largest height, and width, of all image sizes."""
     limits = image.sides[:2]
@@ -110,9 +134,7 @@ def _latents(side: str, pixels: tuple[int, ...], graph: Graph, image: Image, whe
     dims = [dim for port in ports for dim in port.shape if isinstance(dim, str)]
     factors = [int(factor) for factor, _, name in (dim.rpartition("*") for dim in dims) if name == side[0] and factor]
     unit = image.latent_scale * max(factors, default=1)
-    for size in pixels:
-        if size % unit:
-            raise RecipeError(f"target {where}.{side}: expected multiples of {unit} pixels for this model, got {size}")
+    _check_multiples(f"{where}.{side}", pixels, unit)
     return tuple(size // image.latent_scale for size in pixels)
 
 

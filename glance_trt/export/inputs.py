@@ -13,6 +13,7 @@ from glance_trt.export.families import Family, from_recipe
 from glance_trt.export.lora import Lora, Pair, Rows
 from glance_trt.export.weights import Fused, TensorRef
 from glance_trt.preflight import Component
+from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Recipe
 from glance_trt.schema import Schedule
 from glance_trt.staging import key_of
@@ -101,13 +102,13 @@ class Inputs:
         return tuple(notes)
 
 
-def read(recipe: Recipe, folder: Path) -> Inputs:
-    """Read the model and the LoRAs of a recipe in `folder`.
+def read(recipe: Recipe, folder: Path, progress: Progress = silent) -> Inputs:
+    """Read the model and the LoRAs of a recipe in `folder`; progress is that of a download.
 
     Raises `ModelError`, `LoraError` and `RecipeError`, and `ModuleNotFoundError` for a tool that is not installed.
     """
     tools = {name: metadata.version(name) for name in _TOOLS} | {"glance-trt": __version__}
-    family = from_recipe(recipe, folder)
+    family = from_recipe(recipe, folder, progress)
     tensors = {kind: family.model.tensors(part) for kind, part in family.components.items()}
     loras = phases.loras(recipe, folder, tensors)
     return Inputs(recipe, folder, family, tensors, loras, phases.encoders(loras), tools)

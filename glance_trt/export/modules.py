@@ -5,6 +5,7 @@ What families share stands here; what only one has, in its adapter.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from glance_trt.bundle import GuidanceMode
 from glance_trt.export.guide import Config, Guide
 
 
-class Step(nn.Module):
+class Step(nn.Module, abc.ABC):
     """One whole sampling step, guidance and the scheduler's update included: ``a * x + b * model(c_in * x, t)``.
 
     A family says in `predict` how its network is called. guidance ``cfg``: two evaluations in one batch, mixed by
@@ -46,11 +47,11 @@ class Step(nn.Module):
             predicted = self.predict(sample, timestep, scale, conditions)
         return coefficients[1] * latents + coefficients[2] * predicted
 
+    @abc.abstractmethod
     def predict(
         self, sample: Tensor, timestep: Tensor, guidance_scale: Tensor | None, conditions: Sequence[Tensor]
     ) -> Tensor:
         """What the network makes of sample [B, C, H, W], in the same shape, float32."""
-        raise NotImplementedError
 
     def combine(self, unconditional: Tensor, conditional: Tensor, scale: Tensor) -> Tensor:
         """Both predictions [B, C, H, W], mixed."""

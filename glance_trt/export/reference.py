@@ -85,6 +85,8 @@ class DiffusersReference:
                 parts["vae"] = AutoencoderTiny.from_pretrained(folder / recipe.decoder, local_files_only=True)
             self._pipe = DiffusionPipeline.from_pretrained(root, dtype=torch.float32, local_files_only=True, **parts)
             self._pipe.scheduler = on_knots(self._pipe.scheduler, recipe)
+            if kind == "FluxPipeline" and not self._pipe.transformer.config.guidance_embeds:
+                self._arguments.setdefault("max_sequence_length", 256)  # what FLUX.1 [schnell] was trained with
             self._denoiser = "unet" if hasattr(self._pipe, "unet") else "transformer"
             self._fused: dict[str, Any] = {}
             self._encoders: set[str] = set()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -171,11 +172,17 @@ def _outputs(output: Path, requests: Sequence[Request], count: int, digits: int)
         return [Output(output, requests[0])]
     found = []
     for i, first in enumerate(requests, start=1):
-        words = re.sub(r"[^a-z0-9]+", "-", first.prompt.lower()).strip("-")[:60].strip("-") or "image"
+        words = _words(first.prompt) or "image"
         number = f"{i:0{digits}d}-" if digits else ""
         for seed in range(first.seed, first.seed + count):
             found.append(Output(output / f"{number}{words}-{seed}.png", replace(first, seed=seed)))
     return found
+
+
+def _words(prompt: str) -> str:
+    """The letters and digits that a prompt begins with, as part of a file's name: at most 60, and 180 bytes."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt).lower()).strip("-")
+    return words[:60].encode()[:180].decode(errors="ignore").strip("-")
 
 
 def _parameters(

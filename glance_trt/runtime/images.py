@@ -24,7 +24,8 @@ from glance_trt.hashing import sha256_of_bytes
 _RECORD = "glance-trt"  # keyword of the PNG text chunk with the JSON record
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_LABEL_HEIGHT = 16  # pixels
+_LINE_HEIGHT = 14  # pixels, of a label
+_LABEL_LINES = 3
 _GAP = 4  # pixels
 
 
@@ -143,14 +144,19 @@ def read_image(path: str | os.PathLike[str]) -> tuple[Image.Image, str]:
 
 
 def contact_sheet(
-    images: Sequence[Image.Image | NDArray[np.uint8]], columns: int, labels: Sequence[str] | None = None
+    images: Sequence[Image.Image | NDArray[np.uint8]],
+    columns: int,
+    labels: Sequence[str] | None = None,
+    *,
+    least: int = 1,
 ) -> Image.Image:
     """Lay images out on a white sheet, row by row, each with its label below.
 
     Args:
         images: PIL images or [H, W, 3] uint8 arrays, at least one; cells are as large as the largest.
         columns: images in a row, at least 1.
-        labels: one line for each image, shortened to the cell's width; without them the sheet has no room for text.
+        labels: up to three lines for each image, then shortened; without them the sheet has no room for text.
+        least: pixels of width; where all images are narrower, each becomes a whole number of times as large.
 
     Raises:
         InputError: no images, no columns, an array of another shape or dtype, or labels of another number than images.
@@ -160,21 +166,24 @@ def contact_sheet(
     if labels is not None and len(labels) != len(images):
         raise InputError(f"contact sheet: got {len(labels)} labels for {len(images)} images; each needs one")
     pictures = [as_image(image) for image in images]
+    times = -(-least // max(picture.width for picture in pictures))
+    pictures = [picture.resize((picture.width * times, picture.height * times), 0) for picture in pictures]
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     cell_width = max(picture.width for picture in pictures)
-    cell_height = max(picture.height for picture in pictures) + (_LABEL_HEIGHT if labels is not None else 0)
+    font = ImageFont.load_default(size=12)
+    texts = [_lines(label, cell_width, font) for label in labels or ()]
+    label_height = _LINE_HEIGHT * max(map(len, texts)) + 2 if texts else 0
+    cell_height = max(picture.height for picture in pictures) + label_height
     size = (columns * (cell_width + _GAP) + _GAP, rows * (cell_height + _GAP) + _GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=12)
     for i, picture in enumerate(pictures):
         x = _GAP + i % columns * (cell_width + _GAP)
         y = _GAP + i // columns * (cell_height + _GAP)
         sheet.paste(picture, (x, y))
-        if labels is not None:
-            label_y = y + cell_height - _LABEL_HEIGHT
-            draw.text((x, label_y), _shorten(labels[i], cell_width, font), fill="black", font=font)
+        for j, line in enumerate(texts[i] if texts else ()):
+            draw.text((x, y + cell_height - label_height + j * _LINE_HEIGHT), line, fill="black", font=font)
     return sheet
 
 
@@ -244,11 +253,26 @@ def _rename_new(temporary: Path, path: Path) -> None:
             raise
 
 
-def _shorten(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    text = " ".join(label.split())
+def _lines(label: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """A label in lines that fit, at least one; words that find no room any more become dots."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if len(longer) <= width and font.getlength(longer) <= width:  # a glyph is a pixel wide at least
+            lines[-1] = longer
+        elif lines[-1] and len(lines) < _LABEL_LINES:
+            lines.append(_shorten(word, width, font))
+        else:
+            lines[-1] = _shorten(f"{longer}...", width, font)
+            break
+    return lines
+
+
+def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """The text, or its start and dots."""
     if len(text) <= width and font.getlength(text) <= width:
         return text
-    kept = text[:width]  # a glyph is a pixel wide at least, and measuring a whole long prompt is slow
+    kept = text[:width]  # measuring a whole long prompt is slow
     while kept and font.getlength(kept + "...") > width:
         kept = kept[:-1]
     return kept + "..."

@@ -18,7 +18,7 @@ name: small
 model: model
 height: 8
 width: 8
-phases: [{name: only, steps: [1]}]
+phases: [{name: only, steps: [1], lora: {file: only.safetensors}}]
 distill: {prompt: a star}
 """
 
@@ -36,9 +36,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             raise TrainingError("step 3: the loss is not a number")
         return [Path("slow.safetensors"), Path("fast.safetensors")]
 
-    package, module = ModuleType("glance_trt.distill"), ModuleType("glance_trt.distill.experts")
+    module = ModuleType("glance_trt.distill.experts")
     module.train = train  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "glance_trt.distill", package)
     monkeypatch.setitem(sys.modules, "glance_trt.distill.experts", module)
     return calls
 
@@ -82,16 +81,20 @@ def test_error_of_the_training_is_an_exit_code(run: Run, trained: list[Any]) -> 
 
 
 def test_bad_recipe_is_refused_before_pytorch_is_loaded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "glance_trt.distill", None)  # cannot be imported
+    monkeypatch.setitem(sys.modules, "glance_trt.distill.experts", None)  # cannot be imported
     Path("wrong.yaml").write_text(RECIPE.replace("height: 8", "hight: 8"))
     shown = run("distill", "wrong.yaml")
     assert (shown.code, shown.out) == (3, "")
     assert shown.err == "error: wrong.yaml: hight: unknown key; did you mean 'height'?\n"
     assert run("distill", "none.yaml").code == 3
+    Path("empty.yaml").write_text(RECIPE.replace(", lora: {file: only.safetensors}", ""))
+    shown = run("distill", "empty.yaml")
+    assert (shown.code, shown.out) == (3, "")
+    assert shown.err == ("error: empty.yaml: phases: none names a lora or a guide file, so there is nothing to train\n")
 
 
 def test_missing_pytorch_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[:2] == ["glance_trt", "distill"]]:
+    for name in [name for name in sys.modules if name.startswith("glance_trt.distill.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     Path("small.yaml").write_text(RECIPE)

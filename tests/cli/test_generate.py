@@ -95,7 +95,7 @@ def test_json_is_one_ascii_record_per_image(run: Run, tiny_bundle: Path) -> None
     shown = run("generate", tiny_bundle, "ein großer Kreis", "-n", 2, "--seed", 1, "--json")
     assert shown.out.isascii()
     assert [json.loads(line) for line in shown.out.splitlines()] == [
-        {"file": f"ein-gro-er-kreis-{seed}.png", "prompt": "ein großer Kreis", "seed": seed} for seed in (1, 2)
+        {"file": f"ein-großer-kreis-{seed}.png", "prompt": "ein großer Kreis", "seed": seed} for seed in (1, 2)
     ]
 
 

@@ -28,7 +28,7 @@ def test_schedule_is_a_table(run: Run, tiny_bundle: Path) -> None:
 def test_origin_engines_and_every_file_are_shown(run: Run, tiny_bundle: Path) -> None:
     shown = run("inspect", tiny_bundle).out
     manifest = Bundle.open(tiny_bundle).manifest
-    assert "model folder tiny-model" in shown
+    assert "base model   tiny-model" in shown
     assert "slow         slow.safetensors, scale 4 (no alpha in the file)" in shown
     assert "images       6 x 4, latents 3 x 4 x 6" in shown
     assert "guidance     cfg, scale 3 by default" in shown
@@ -48,7 +48,7 @@ def test_hostile_text_does_not_reach_the_terminal(run: Run, tmp_path: Path) -> N
     lora = LoraSource("slow", "\x1b]0;owned\x07\u202e.safetensors", "0" * 64, 1.0)
     folder = tiny.make_bundle(tmp_path / "bundle", provenance=Provenance("\x1b[2J\r\nmodel\u2028", (lora,)))
     text = run("inspect", folder).out
-    assert "model folder ?[2J??model?" in text
+    assert "base model   ?[2J??model?" in text
     assert text.replace("\n", "").isprintable()
     shown = run("inspect", folder, "--json").out
     assert shown.isascii()

@@ -40,11 +40,12 @@ def test_without_search_it_shows_the_compiled_steps(run: Run, home: Path) -> Non
     assert (shown.code, shown.err) == (0, "")
     lines = shown.out.splitlines()
     assert lines[0] == "schedule default: 4 steps, initial noise x 1"
-    assert [line.split()[:3] for line in lines[2:]] == [
-        ["1", "slow", "999.00000"],
-        ["2", "slow", "799.00000"],
-        ["3", "fast", "499.00000"],
-        ["4", "fast", "199.00000"],
+    assert [line.split()[:4] for line in lines[1:]] == [
+        ["step", "knot", "phase", "timestep"],
+        ["1", "1", "slow", "999.00000"],
+        ["2", "3", "slow", "799.00000"],
+        ["3", "6", "fast", "499.00000"],
+        ["4", "9", "fast", "199.00000"],
     ]
 
 

@@ -68,6 +68,9 @@ def test_a_size_that_the_model_cannot_have_is_refused_with_its_multiple() -> Non
     text = r"^target rtx: profiles\[1\]\.width: expected multiples of 64 pixels for this model, got 800$"
     with pytest.raises(RecipeError, match=text):
         backends.ranges(STEP, target, IMAGE)
+    with pytest.raises(RecipeError, match=text):  # the same, before there is a graph
+        backends.check_profiles(target, 64)
+    backends.check_profiles(rtx(Profile(), Profile(width=(512, 768, 1024))), 64)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-gpu"])

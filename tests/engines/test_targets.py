@@ -103,6 +103,7 @@ def test_every_shipped_target_can_be_read_and_goes_by_its_file_s_name() -> None:
         "cpu",
         "cuda",
         "rtx",
+        "rtx-bfloat16",
         "rtx-turing",
         "tensorrt",
         "tensorrt-ampere-plus",
@@ -114,6 +115,7 @@ def test_every_shipped_target_can_be_read_and_goes_by_its_file_s_name() -> None:
 def test_rtx_plans_are_for_the_capabilities_that_nvidia_gives_as_its_default_and_turing() -> None:
     # docs.nvidia.com/deeplearning/tensorrt-rtx, "CPU-Only AOT and TensorRT-RTX Engines"
     assert targets.load("rtx").compute_capabilities == ("8.0", "8.6", "8.9", "12.0")
+    assert targets.load("rtx-bfloat16").compute_capabilities == targets.load("rtx").compute_capabilities
     assert targets.load("rtx-turing").compute_capabilities == ("7.5",)
 
 

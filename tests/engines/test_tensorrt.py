@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -89,6 +90,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
     write_graph(folder / "decoder.float16.onnx", np.float16)
     write_graph(folder / "decoder.float32.onnx", np.float32)
+    write_graph(folder / "decoder.bfloat16.onnx", ml_dtypes.bfloat16)
     write_graph(folder / "odd.onnx", np.float16, operator="NoSuchOperator")
     onnx.save(onnx.parser.parse_model(SUM), folder / "sum.onnx")
     (folder / "garbage.onnx").write_bytes(b"not a graph")
@@ -100,6 +102,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("rtx", "float16", ("80", "86", "89", "120")),
         ("rtx", "float32", ("80", "86", "89", "120")),
+        ("rtx-bfloat16", "bfloat16", ("80", "86", "89", "120")),
         ("rtx-turing", "float16", ("75",)),
     ],
 )

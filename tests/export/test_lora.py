@@ -20,6 +20,8 @@ from glance_trt.errors import LoraError
 from glance_trt.export import lora
 from glance_trt.export.weights import TensorRef
 
+from ..models.loras import kohya
+
 Tensors = dict[str, torch.Tensor]
 Refs = Mapping[str, TensorRef]
 TARGETS = ("to_q", "to_out.0", "conv1")
@@ -39,18 +41,6 @@ def factors(diffusers_file: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]
     tensors = load_file(diffusers_file)
     names = [key.removeprefix("unet.").removesuffix(".lora_A.weight") for key in tensors if "lora_A" in key]
     return {name: (tensors[f"unet.{name}.lora_A.weight"], tensors[f"unet.{name}.lora_B.weight"]) for name in names}
-
-
-def _kohya(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
-    tensors = {}
-    for name, (down, up) in factors.items():
-        flat = f"lora_unet_{name.replace('.', '_')}"
-        tensors |= {
-            f"{flat}.lora_down.weight": down,
-            f"{flat}.lora_up.weight": up,
-            f"{flat}.alpha": torch.tensor(ALPHA),
-        }
-    return tensors
 
 
 def _attention_processors(factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
@@ -89,7 +79,7 @@ def test_kohya_layout_has_the_scale_of_its_alphas(
     unet_weights: Refs, tiny_model: Path, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], tmp_path: Path
 ) -> None:
     path = tmp_path / "kohya.safetensors"
-    save_file(_kohya(factors), path)
+    save_file(kohya(factors, ALPHA), path)
     found = lora.read(path, unet_weights)
     assert {name: pair.scale for name, pair in found.pairs.items()} == _scales_by_diffusers(tiny_model, path)
     assert found.pairs.keys() == {f"{name}.weight" for name in factors}
@@ -174,7 +164,7 @@ def test_alphas_are_read_in_every_dtype(
 def test_reading_takes_no_pytorch(
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    save_file(_kohya(factors), tmp_path / "kohya.safetensors")
+    save_file(kohya(factors, ALPHA), tmp_path / "kohya.safetensors")
     script = (
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path\n"

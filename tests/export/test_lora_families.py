@@ -24,6 +24,8 @@ from torch import nn
 from glance_trt.export import lora, lora_layouts
 from glance_trt.export.weights import TensorRef, component_tensors
 
+from ..models.loras import kohya
+
 Tensors = dict[str, torch.Tensor]
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 RANK, ALPHA = 2, 6.0
@@ -180,19 +182,6 @@ def _factors(shapes: Mapping[str, tuple[int, ...]]) -> Factors:
     }
 
 
-def _kohya(factors: Factors) -> Tensors:
-    """kohya's key scheme: dots become underscores, and every module has an alpha."""
-    tensors = {}
-    for name, (down, up) in factors.items():
-        flat = f"lora_unet_{name.replace('.', '_')}"
-        tensors |= {
-            f"{flat}.lora_down.weight": down,
-            f"{flat}.lora_up.weight": up,
-            f"{flat}.alpha": torch.tensor(ALPHA),
-        }
-    return tensors
-
-
 def _dotted(factors: Factors, prefix: str, adapter: str = "") -> Tensors:
     """PEFT's names of factors, under a prefix; `adapter` is a name that some writers leave in."""
     tensors = {}
@@ -308,7 +297,7 @@ def test_the_original_block_names_of_sdxl(denoisers: Callable[[str], Denoiser], 
     names = _original_names(denoiser)
     assert names.keys() >= shapes.keys()
     factors = _factors({names[name]: shape for name, shape in shapes.items()})
-    expected = denoiser.fused_by_diffusers(_write(_kohya(factors), tmp_path))
+    expected = denoiser.fused_by_diffusers(_write(kohya(factors, ALPHA), tmp_path))
     if prefix != "kohya":
         tensors = _dotted(factors, prefix) | {f"{prefix}{name}.alpha": torch.tensor(ALPHA) for name in factors}
         _write(tensors, tmp_path)
@@ -335,7 +324,7 @@ def test_layouts_of_qwen_image(denoisers: Callable[[str], Denoiser], tmp_path: P
     denoiser = denoisers("qwen")
     factors = _factors(_shapes(denoiser.weights, QWEN))
     if layout == "kohya":
-        tensors = _kohya(factors)
+        tensors = kohya(factors, ALPHA)
     elif layout == "comfyui":
         tensors = _dotted(factors, "diffusion_model.")
         tensors |= {f"diffusion_model.{name}.alpha": torch.tensor(ALPHA) for name in factors}
@@ -354,11 +343,11 @@ def test_layouts_of_flux(denoisers: Callable[[str], Denoiser], tmp_path: Path, l
         names: dict[str, tuple[int, ...]] = {f"{block}.proj": (32, 32) for block in blocks}
         names |= {f"{block}.qkv": (96, 32) for block in blocks}
         names |= {f"single_blocks.{i}.linear2": (32, 160) for i in range(2)}
-        tensors = _kohya(_factors(names))
+        tensors = kohya(_factors(names), ALPHA)
     else:
         factors = _factors(_shapes(denoiser.weights, r"attn\."))
         if layout == "onetrainer":
-            tensors = {name.replace("lora_unet_", "lora_transformer_"): t for name, t in _kohya(factors).items()}
+            tensors = {name.replace("lora_unet_", "lora_transformer_"): t for name, t in kohya(factors, ALPHA).items()}
         else:
             tensors = _dotted(factors, "transformer.")
             tensors |= {f"transformer.{name}.alpha": torch.tensor(ALPHA) for name in factors}

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from . import parts
 
 CLIP = Path(__file__).parents[2] / "examples" / "shapes" / "model" / "tokenizer"
 DEV = {"use_dynamic_shifting": True, "shift": 3.0}
@@ -51,43 +53,18 @@ def _transformer(**changes: Any) -> FluxTransformer2DModel:
         "axes_dims_rope": (4, 8, 4),
     }
     model = FluxTransformer2DModel(**config | changes)
-    for name, value in model.named_parameters():  # as trained: new norms and output layers do little
-        if value.ndim == 1:
-            value.data += 0.1 * torch.randn(value.shape)
-        elif name == "proj_out.weight":
-            value.data = 0.3 * torch.randn(value.shape)
+    parts.as_trained(model)
     return model
 
 
 def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+    return parts.autoencoder(
+        latent_channels=4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
     )
 
 
 def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=20,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModel(parts.clip_config(tokenizer, 20, 2))
 
 
 def _t5() -> T5EncoderModel:

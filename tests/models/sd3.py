@@ -18,13 +18,14 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
 )
+
+from . import parts
 
 CLIP = Path(__file__).parents[2] / "examples" / "shapes" / "model" / "tokenizer"
 LARGEST = 12  # patches along a side of the table of positions
@@ -63,45 +64,20 @@ def _transformer(**changes: Any) -> SD3Transformer2DModel:
         "qk_norm": "rms_norm",
     }
     model = SD3Transformer2DModel(**config | changes)
-    for name, value in model.named_parameters():  # as trained: new gates, norms and output layers do nothing
-        if value.ndim == 1:
-            value.data += 0.1 * torch.randn(value.shape)
-        elif name == "proj_out.weight":
-            value.data = 0.3 * torch.randn(value.shape)
+    parts.as_trained(model)
     return model
 
 
 def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=16,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+    return parts.autoencoder(
+        latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
     )
 
 
 def _clip(hidden: int, projection: int, act: str) -> CLIPTextModelWithProjection:
     tokenizer = CLIPTokenizer.from_pretrained(CLIP)
     return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=32,
-            projection_dim=projection,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            hidden_act=act,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        parts.clip_config(tokenizer, hidden, 3, projection_dim=projection, hidden_act=act)
     )
 
 

@@ -14,6 +14,8 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from . import parts
+
 CLIP = Path(__file__).parents[2] / "examples" / "shapes" / "model" / "tokenizer"
 PROJECTION, TIME = 12, 8
 PADDING = "!"
@@ -68,28 +70,8 @@ def _unet(**changes: Any) -> UNet2DConditionModel:
 
 
 def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.13025,
-    )
+    return parts.autoencoder(scaling_factor=0.13025)
 
 
 def _text(width: int, layers: int, activation: str, **changes: Any) -> CLIPTextConfig:
-    tokenizer = CLIPTokenizer.from_pretrained(CLIP)
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **changes,
-    )
+    return parts.clip_config(CLIPTokenizer.from_pretrained(CLIP), width, layers, hidden_act=activation, **changes)

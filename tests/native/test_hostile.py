@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from glance_trt.errors import BundleError
 
 from ..hostile import tiny
 from ..hostile.attacks import ATTACKS, LATE_ATTACKS, Attack
-from ..hostile.test_attacks import _mutate
+from ..hostile.mutations import altered, mutated
 from .abi import Library, NativeError
 
 NOT_JSON = "not valid JSON: "
@@ -57,27 +55,16 @@ def test_attack_on_an_opened_bundle_is_refused(native: Library, folder: Path, at
 
 
 def test_300_mutated_manifests_are_taken_or_refused_as_in_python(native: Library, folder: Path) -> None:
-    choose = random.Random(1)
-    good = json.dumps(tiny.manifest())
     taken = 0
-    for _ in range(300):
-        value = json.loads(good)
-        for _ in range(choose.randint(1, 3)):
-            _mutate(value, choose)
-        (folder / "bundle.json").write_text(json.dumps(value))
+    for text in mutated(300, 1):
+        (folder / "bundle.json").write_text(text)
         taken += _check(native, folder)
     assert 5 < taken < 150
 
 
 def test_300_manifests_of_altered_bytes_are_taken_or_refused_as_in_python(native: Library, folder: Path) -> None:
-    choose = random.Random(1)
-    good = json.dumps(tiny.manifest()).encode()
     taken = 0
-    for _ in range(300):
-        data = bytearray(good)
-        for _ in range(choose.randint(1, 3)):
-            start = choose.randrange(len(data))
-            data[start : start + choose.randrange(3)] = choose.choice([b"", b"9", b'"', b"[", b"\x00", b"\xff", b"e9"])
+    for data in altered(300, 1):
         (folder / "bundle.json").write_bytes(data)
         taken += _check(native, folder)
     assert 5 < taken < 150

@@ -34,8 +34,8 @@ def test_each_line_has_seeds_and_files_of_its_own() -> None:
     assert [str(output.file) for output in found] == [
         "out/0001-a-red-circle-10.png",
         "out/0001-a-red-circle-11.png",
-        "out/0002-ein-gro-er-kreis-12.png",
-        "out/0002-ein-gro-er-kreis-13.png",
+        "out/0002-ein-großer-kreis-12.png",
+        "out/0002-ein-großer-kreis-13.png",
         "out/0003-a-red-circle-14.png",
         "out/0003-a-red-circle-15.png",
     ]
@@ -57,6 +57,11 @@ def test_prompts_of_a_command_have_the_same_seeds() -> None:
     assert [output.file.name for output in found] == ["01-a-7.png", "01-a-8.png", "02-b-7.png", "02-b-8.png"]
     assert {output.request.name for output in found} == {"prompt"}
     assert [output.file.name for output in files.of_prompts(Path("out"), ["🔥"], 1, -3)] == ["image--3.png"]
+    assert [output.file.name for output in files.of_prompts(Path("out"), ["Ein rotes  Ö_ß"], 1, 7)] == [
+        "ein-rotes-ö-ß-7.png"
+    ]
+    assert files.of_prompts(Path("out"), ["e\u0301toile"], 1, 7)[0].file.name == "\u00e9toile-7.png"
+    assert files.of_prompts(Path("out"), ["𐌰" * 100], 1, 7)[0].file.name == "𐌰" * 45 + "-7.png"
     assert files.of_prompts(Path("x.png"), ["a"], 1, 7)[0].file == Path("x.png")
     with pytest.raises(InputError, match=r"^-o x\.png: one file for 3 images; give a folder$"):
         files.of_lines(Path("x.png"), LINES, 1, 0)

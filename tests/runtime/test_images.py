@@ -395,11 +395,25 @@ def test_contact_sheet_labels_stay_within_their_cells() -> None:
     images = [plain((0, 0, 255), 60, 20), plain((0, 0, 255), 60, 20)]
     labels = ["a prompt that is far too long for its cell\nand has two lines 星", ""]
     sheet = np.asarray(contact_sheet(images, 2, labels))
-    assert sheet.shape == (20 + 16 + 8, 2 * 64 + 4, 3)
+    assert sheet.shape == (20 + 44 + 8, 2 * 64 + 4, 3)
     assert (sheet[4:24, 4:64] == (0, 0, 255)).all()
-    assert (sheet[24:40, 4:64] < 128).all(axis=2).any()
-    assert (sheet[24:40, 66:] == 255).all()
-    assert (sheet[40:] == 255).all()
+    for line in range(3):
+        assert (sheet[24 + 14 * line : 38 + 14 * line, 4:64] < 128).all(axis=2).any()
+    assert (sheet[24:68, 66:] == 255).all()
+    assert (sheet[68:] == 255).all()
+
+
+def test_contact_sheet_has_as_many_lines_as_its_labels() -> None:
+    images = [plain((0, 0, 255), 60, 20)]
+    assert contact_sheet(images, 1, ["a star"]).size == (60 + 8, 20 + 16 + 8)
+    assert contact_sheet(images, 1, ["a star and a circle"]).size == (60 + 8, 20 + 30 + 8)
+
+
+def test_contact_sheet_of_small_images_enlarges_them_pixel_for_pixel() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (10, 20, 3), dtype=np.uint8)
+    sheet = np.asarray(contact_sheet([image], 1, least=50))
+    assert (sheet[4:-4, 4:-4] == image.repeat(3, axis=0).repeat(3, axis=1)).all()
+    assert contact_sheet([image], 1, least=20).size == (28, 18)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from glance_trt.errors import ModelError
 from glance_trt.export import model as models
 from glance_trt.export.model import Model
 from glance_trt.export.source import Source
+from glance_trt.progress import Progress, silent
 from glance_trt.recipe import Recipe
 from glance_trt.schema import PROMPT
 
@@ -78,6 +79,9 @@ class Family(Protocol):
     def image_tokens(self, height: int, width: int) -> int | None:
         """The length of the token sequence of an image, where a schedule depends on it."""
 
+    def size_unit(self) -> int:
+        """What sides of images are multiples of, pixels."""
+
     def image(self) -> Image:
         """The recipe's image sizes, checked. Raises `RecipeError`."""
 
@@ -108,9 +112,10 @@ def stored(family: Family, names: Iterable[str], tensors: Mapping[str, T], place
     return found
 
 
-def from_recipe(recipe: Recipe, folder: Path) -> Family:
-    """The adapter for a recipe's model; `folder` is the recipe's. Raises `ModelError` and `RecipeError`."""
-    return open_model(models.find(recipe, folder), recipe)
+def from_recipe(recipe: Recipe, folder: Path, progress: Progress = silent, *, whole: bool = True) -> Family:
+    """The adapter for a recipe's model; `folder` is the recipe's. progress and whole are as in `models.find`. Raises
+    `ModelError` and `RecipeError`."""
+    return open_model(models.find(recipe, folder, progress, whole=whole), recipe)
 
 
 def open_model(model: Model, recipe: Recipe) -> Family:

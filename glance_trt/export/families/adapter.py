@@ -17,6 +17,7 @@ from glance_trt.export.families import autoencoder as autoencoders
 from glance_trt.export.model import Model
 from glance_trt.export.source import Source
 from glance_trt.recipe import Recipe
+from glance_trt.schedule import is_flow_matching
 from glance_trt.schema import PROMPT
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Adapter:
     multiple: int = 2
     takes_scale = False
     """Whether the denoiser itself takes the guidance scale."""
+    most_tokens: ClassVar[int | None] = None
+    """Of a prompt, where the recipe may choose."""
     takes_guides = False
     """Whether guides (`glance_trt.export.guide`) fit the denoiser."""
 
@@ -56,6 +59,7 @@ class Adapter:
         if recipe.from_image:
             self.components["encoder"] = "vae"
         self._check_guidance()
+        self._check_prompt_tokens()
         self.tiny_decoder: dict[str, Any] = {}
         if recipe.decoder:
             self.components["decoder"] = "decoder"
@@ -71,6 +75,13 @@ class Adapter:
                     f"phases[{i}].guide: missing; guidance.mode embedded needs one in every phase, for this model "
                     "takes no guidance scale itself"
                 )
+
+    def _check_prompt_tokens(self) -> None:
+        wanted = self.recipe.prompt_tokens
+        if wanted and self.most_tokens is None:
+            raise RecipeError("prompt_tokens: this model's text encoder leaves no choice; leave the key out")
+        if wanted and self.most_tokens and wanted > self.most_tokens:
+            raise RecipeError(f"prompt_tokens: {wanted}; this model takes at most {self.most_tokens}")
 
     def files(self) -> list[Path]:
         """See `Family.files`."""
@@ -94,7 +105,7 @@ class Adapter:
         config = self.model.config("scheduler")
         if self.recipe.scheduler:
             config["_class_name"] = self.recipe.scheduler
-        if str(config.get("_class_name")).startswith("FlowMatch") != (self.schedulers == "flow matching"):
+        if is_flow_matching(config) != (self.schedulers == "flow matching"):
             better = {"diffusion": "DDIMScheduler", "flow matching": "FlowMatchEulerDiscreteScheduler"}
             raise ModelError(
                 f"{self.model.folder}: the scheduler is a {config.get('_class_name')}, and this model was trained for "
@@ -109,8 +120,7 @@ class Adapter:
 
     def image(self) -> Image:
         """See `Family.image`."""
-        recipe, scale = self.recipe, self.latent_scale()
-        unit = scale * self.multiple
+        recipe, scale, unit = self.recipe, self.latent_scale(), self.size_unit()
         largest = unit * self.limits()["h"]
         sides = {"height": [recipe.height], "width": [recipe.width], "tile": [recipe.tile] if recipe.tile else []}
         sides |= {f"sizes[{i}]": [*size] for i, size in enumerate(recipe.sizes)} | {"sides": [*recipe.sides]}
@@ -132,6 +142,10 @@ class Adapter:
             (*recipe.sides, unit) if recipe.sides else (),
             (recipe.tile, round(recipe.tile / 4 / unit) * unit) if recipe.tile else (),
         )
+
+    def size_unit(self) -> int:
+        """See `Family.size_unit`."""
+        return self.latent_scale() * self.multiple
 
     def latent_channels(self) -> int:
         """Channels of the latents."""
@@ -205,7 +219,7 @@ class Adapter:
         """The sources of the decoder, and where the recipe wants images made from others, of the encoder: those of an
         AutoencoderKL, or for the decoder of the recipe's AutoencoderTiny."""
         config = self.configs["vae"]
-        factor = self.latent_scale() * self.multiple
+        factor = self.size_unit()
         pixels = ("batch", f"{factor}*h", f"{factor}*w", 3)
         latents, images = Port("latents", "float32", self.latents(), "latents"), Port("images", "uint8", pixels)
         sizes, limits = self.sizes(), self.limits()

@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 
     from glance_trt.export.guide import GuideFile
 
-_MOST_TOKENS = 512  # of T5, as FluxPipeline has it
-
 
 class Flux(Adapter):
     """See `glance_trt.export.families.Family`. The two differ in whether the denoiser takes the guidance scale."""
 
     name = "flux"
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    most_tokens = 512
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
         super().__init__(model, recipe)
@@ -44,9 +43,7 @@ class Flux(Adapter):
                     "models that fill, edit or follow a control image are not supported"
                 )
         # schnell was trained with prompts of 256 tokens.
-        self.prompt_tokens = recipe.prompt_tokens or (_MOST_TOKENS if self.takes_scale else 256)
-        if self.prompt_tokens > _MOST_TOKENS:
-            raise RecipeError(f"prompt_tokens: {self.prompt_tokens}; FLUX takes at most {_MOST_TOKENS}")
+        self.prompt_tokens = recipe.prompt_tokens or (512 if self.takes_scale else 256)
 
     def _check_guidance(self) -> None:
         self.takes_scale = bool(self.configs["transformer"].get("guidance_embeds"))

@@ -29,7 +29,7 @@ TEMPLATE = (
 DROPPED = 34
 """Tokens of it that stand before the prompt. What the text encoder makes of them is dropped."""
 
-_PROMPT_TOKENS, _MOST_TOKENS = 512, 1024  # of a prompt: diffusers' default, and the most that it takes
+_PROMPT_TOKENS = 512  # diffusers' default
 _PARTS = {
     "scheduler": None,
     "text_encoder": "Qwen2_5_VLForConditionalGeneration",
@@ -44,6 +44,7 @@ class QwenImage(Adapter):
     """See `glance_trt.export.families.Family`."""
 
     name = "qwen-image"
+    most_tokens = 1024
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
         _check_parts(model)
@@ -53,8 +54,6 @@ class QwenImage(Adapter):
             raise RecipeError("guidance.rescale: Qwen-Image rescales the guided prediction by itself; leave it out")
         super().__init__(model, recipe)
         self.prompt_tokens = recipe.prompt_tokens or _PROMPT_TOKENS
-        if self.prompt_tokens > _MOST_TOKENS:
-            raise RecipeError(f"prompt_tokens: {self.prompt_tokens}; Qwen-Image takes at most {_MOST_TOKENS}")
         transformer, vae = self.configs["transformer"], self.configs["vae"]
         if variant := next((key for key in _VARIANTS if transformer.get(key)), None):
             raise ModelError(

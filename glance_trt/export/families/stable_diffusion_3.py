@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from glance_trt.bundle import DType, Port
-from glance_trt.errors import ModelError, RecipeError
+from glance_trt.errors import ModelError
 from glance_trt.export.families import TokenizerSource, t5
 from glance_trt.export.families import autoencoder as autoencoders
 from glance_trt.export.families.adapter import Adapter
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from glance_trt.export.guide import GuideFile
 
-_PROMPT_TOKENS, _MOST_TOKENS = 256, 512  # of T5: diffusers' default, and the most that it takes
+_PROMPT_TOKENS = 256  # of T5: diffusers' default
 _CLIPS, _T5 = {"text_encoder": "", "text_encoder_2": "_2"}, "text_encoder_3"
 
 
@@ -30,6 +30,7 @@ class StableDiffusion3(Adapter):
 
     name = "stable-diffusion-3"
     text_encoders: ClassVar[tuple[str, ...]] = (*_CLIPS, _T5)
+    most_tokens = 512
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
         super().__init__(model, recipe)
@@ -44,8 +45,6 @@ class StableDiffusion3(Adapter):
             )
         self.multiple = transformer["patch_size"]
         self.prompt_tokens = recipe.prompt_tokens or _PROMPT_TOKENS
-        if self.prompt_tokens > _MOST_TOKENS:
-            raise RecipeError(f"prompt_tokens: {self.prompt_tokens}; Stable Diffusion 3 takes at most {_MOST_TOKENS}")
 
     def sources(self, guides: Mapping[str, GuideFile] | None = None) -> dict[str, Source]:
         """See `Family.sources`."""

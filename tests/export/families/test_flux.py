@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,13 @@ from glance_trt.export.families.flux_modules import Rotary
 from glance_trt.export.model import Model
 from glance_trt.export.modules import Encoder
 from glance_trt.export.parity import Reference
+from glance_trt.export.reference import DiffusersReference
 from glance_trt.export.trace import INLINE_LIMIT
 from glance_trt.recipe import Guidance, Phase, Recipe
 from glance_trt.runtime.tokenizing import Tokenizer
 from glance_trt.schedule import compile_schedule
 
-from ...models import flux
+from ...models import flux, parts
 from . import fidelity
 
 NEGATIVE = "a yellow square"
@@ -308,6 +307,21 @@ def test_a_prompt_takes_as_many_tokens_as_each_model_was_trained_with(dev: Path,
     assert lengths == {dev: 512, schnell: 256}
 
 
+def test_the_reference_takes_as_many_tokens(schnell: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    plan = Recipe("schnell", schnell.name, height=16, width=24, phases=(Phase("all", (1, 2)),), guidance=SCHNELL)
+    reference = DiffusersReference(plan, schnell.parent)
+    encode = FluxPipeline.encode_prompt
+
+    def watched(self: Any, *arguments: Any, **options: Any) -> Any:
+        taken.append(options["max_sequence_length"])
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(FluxPipeline, "encode_prompt", watched)
+    reference.generate("a star", [0])
+    assert taken == [256]
+
+
 def test_the_latents_are_multiples_of_a_patch_and_images_of_the_format(real: Path) -> None:
     family = _family(real, height=1024, width=8192)
     image = family.image()
@@ -318,17 +332,10 @@ def test_the_latents_are_multiples_of_a_patch_and_images_of_the_format(real: Pat
         _family(real, height=1000).image()
 
 
-def _broken(model: Path, folder: Path, file: str, **changes: Any) -> Path:
-    copy = shutil.copytree(model, folder / "model")
-    content = json.loads((copy / file).read_text()) | changes
-    (copy / file).write_text(json.dumps(content))
-    return copy
-
-
 @pytest.mark.parametrize("kind", ["FluxFillPipeline", "FluxControlPipeline", "FluxKontextPipeline"])
 def test_pipelines_that_take_more_than_a_prompt_are_refused(dev: Path, tmp_path: Path, kind: str) -> None:
     with pytest.raises(ModelError, match=f"{kind} is not supported; supported pipelines: .*FluxPipeline"):
-        _family(_broken(dev, tmp_path, "model_index.json", _class_name=kind))
+        _family(parts.altered(dev, tmp_path, "model_index.json", _class_name=kind))
 
 
 @pytest.mark.parametrize(
@@ -347,7 +354,7 @@ def test_models_that_make_no_images_from_prompts_alone_are_refused(
     dev: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        _family(_broken(dev, tmp_path, file, **changes))
+        _family(parts.altered(dev, tmp_path, file, **changes))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +363,7 @@ def test_models_that_make_no_images_from_prompts_alone_are_refused(
         ("dev", {"guidance": SCHNELL}, "guidance.mode: none, and this model takes the guidance scale itself"),
         ("dev", {"guidance": Guidance("cfg")}, "guidance.mode: cfg, and .*; use embedded, for instance with scale 3.5"),
         ("schnell", {"guidance": DEV}, "guidance.mode: embedded, and this model takes no guidance scale, .*; use none"),
-        ("dev", {"prompt_tokens": 513}, "prompt_tokens: 513; FLUX takes at most 512"),
+        ("dev", {"prompt_tokens": 513}, "prompt_tokens: 513; this model takes at most 512"),
         ("dev", {"sides": (16, 32)}, "sides: this model's schedule depends on the image's size; list the sizes under"),
         ("dev", {"phases": (Phase("all", (1,), guide="guide.safetensors"),)}, "guides are for UNets"),
     ],
@@ -374,10 +381,6 @@ def test_the_shipped_recipe_is_glances() -> None:
     assert plan.phases[0].steps + plan.phases[1].steps == (1, 3, 5, 7, 9, 11, 21, 31, 41, 50)
     assert (plan.teacher_steps, plan.height, plan.width, plan.sampler) == (50, 1024, 1024, "consistent")
     assert plan.guidance.mode == "embedded"
-    settings = plan.distill
-    assert settings is not None
-    assert (settings.rank, settings.alpha, settings.learning_rate, settings.steps) == (16, 64, 5e-4, 60)
     for phase in plan.phases:
         assert phase.lora is not None
-        assert phase.lora.scale == settings.alpha / settings.rank, "the paper's code writes no alpha"
-    assert settings.targets == ("to_q", "to_k", "to_v", "to_out.0")
+        assert phase.lora.scale == 64 / 16, "the paper's alpha and rank; its code writes no alpha"

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from glance_trt.export.parity import Reference
 from glance_trt.recipe import Guidance, Phase, Recipe
 from glance_trt.runtime.tokenizing import Tokenizer
 
-from ...models import qwen_image
+from ...models import parts, qwen_image
 from . import fidelity
 
 PROMPT, NEGATIVE = "a large red circle left of a small blue star", " "
@@ -413,13 +412,6 @@ def test_the_image_is_described_by_the_models_own_factors(model: Path, pipe: Qwe
         _family(model, height=58).image()
 
 
-def _changed(model: Path, folder: Path, file: str, changes: Mapping[str, Any]) -> Path:
-    copy = shutil.copytree(model, folder / "model")
-    content = json.loads((copy / file).read_text()) | changes
-    (copy / file).write_text(json.dumps(content))
-    return copy
-
-
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
@@ -454,13 +446,13 @@ def test_models_that_are_not_qwen_image_are_refused(
     model: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        _family(_changed(model, tmp_path, file, changes)).scheduler_config()
+        _family(parts.altered(model, tmp_path, file, **changes)).scheduler_config()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_tokens": 1025}, "prompt_tokens: 1025; Qwen-Image takes at most 1024$"),
+        ({"prompt_tokens": 1025}, "prompt_tokens: 1025; this model takes at most 1024$"),
         ({"guidance": Guidance(rescale=0.7)}, "guidance.rescale: Qwen-Image rescales the guided prediction by itself"),
         ({"guidance": Guidance("embedded")}, "this model takes no guidance scale itself"),
         ({"phases": (Phase("all", (1,), guide="guide.safetensors"),)}, "guides are for UNets"),
@@ -481,9 +473,4 @@ def test_the_shipped_recipe_is_the_papers(model: Path) -> None:
     assert (plan.height, plan.width, plan.teacher_steps, plan.sampler) == (1024, 1024, 50, "consistent")
     assert [phase.steps for phase in plan.phases] == [phase.steps for phase in GLANCE]
     assert plan.guidance == Guidance("cfg", 5.0, negative_prompt=" ")
-    distill = plan.distill
-    assert distill is not None
-    assert (distill.method, distill.rank, distill.alpha, distill.targets) == ("ground-truth", 32, 128, TARGETS)
-    assert (distill.learning_rate, distill.steps, distill.batch_size) == (3e-4, 60, 1)
-    assert (distill.weight_decay, distill.caption_dropout, distill.decay) == (0.01, 0.1, "none")
     assert open_model(Model(model, "qwen"), plan).name == "qwen-image"

@@ -157,6 +157,12 @@ def test_a_size_that_is_no_multiple_is_refused_with_the_nearest_one(
         open_model(Model(tiny_model, "tiny"), make_recipe(**{key: size})).image()
 
 
+def test_a_number_of_tokens_is_refused_where_the_text_encoder_has_its_own(tiny_model: Path, make_recipe: Make) -> None:
+    text = r"^prompt_tokens: this model's text encoder leaves no choice; leave the key out$"
+    with pytest.raises(RecipeError, match=text):
+        open_model(Model(tiny_model, "tiny"), make_recipe(prompt_tokens=64))
+
+
 def test_the_image_is_described_by_the_models_own_factors(tiny_model: Path, make_recipe: Make) -> None:
     image = open_model(Model(tiny_model, "tiny"), make_recipe(height=24, width=16)).image()
     vae = AutoencoderKL.from_pretrained(tiny_model / "vae")

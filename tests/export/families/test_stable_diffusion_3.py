@@ -39,7 +39,7 @@ from glance_trt.runtime.tokenizing import Tokenizer
 from glance_trt.schedule import compile_schedule
 from glance_trt.verify import psnr
 
-from ...models import sd3
+from ...models import parts, sd3
 from . import fidelity
 
 PROMPT, NEGATIVE = "a large red circle left of a small blue star", "a yellow square"
@@ -309,13 +309,6 @@ def test_without_t5_a_graph_is_made_anew_for_another_number_of_zeros(model_witho
     assert len(keys) == 3
 
 
-def _broken(model: Path, folder: Path, file: str, **changes: Any) -> Path:
-    copy = shutil.copytree(model, folder / "model")
-    content = json.loads((copy / file).read_text()) | changes
-    (copy / file).write_text(json.dumps(content))
-    return copy
-
-
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
@@ -340,7 +333,7 @@ def test_models_that_make_no_images_from_prompts_alone_are_refused(
     model: Path, tmp_path: Path, file: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        _family(_broken(model, tmp_path, file, **changes))
+        _family(parts.altered(model, tmp_path, file, **changes))
 
 
 @pytest.mark.parametrize(
@@ -363,7 +356,7 @@ def test_sizes_that_the_table_of_positions_does_not_have_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_tokens": 513}, "prompt_tokens: 513; Stable Diffusion 3 takes at most 512"),
+        ({"prompt_tokens": 513}, "prompt_tokens: 513; this model takes at most 512"),
         ({"guidance": Guidance("embedded")}, "this model takes no guidance scale itself"),
         ({"phases": (Phase("all", (1,), guide="guide.safetensors"),)}, "guides are for UNets"),
     ],

@@ -40,7 +40,7 @@ from glance_trt.runtime.pipeline import Pipeline
 from glance_trt.runtime.tokenizing import Tokenizer
 from glance_trt.verify import compare, psnr
 
-from ...models import sdxl
+from ...models import parts, sdxl
 from . import fidelity
 
 Make = Callable[..., Recipe]
@@ -143,7 +143,7 @@ def test_conditions_are_the_embeddings_of_diffusers(
     model: Path, pipe: StableDiffusionXLPipeline, make_recipe: Make, tmp_path: Path, force_zeros: bool, negative: str
 ) -> None:
     """Of an empty prompt too. diffusers has zeros for no negative prompt, which an empty one is here."""
-    folder = _altered(model, tmp_path, "model_index.json", force_zeros_for_empty_prompt=force_zeros)
+    folder = parts.altered(model, tmp_path, "model_index.json", force_zeros_for_empty_prompt=force_zeros)
     family, prompts = _family(folder, make_recipe()), ["a large red circle", ""]
     step, found = family.sources()["denoiser"], {**_encoded(family, prompts)}
     of_negative = _encoded(family, [negative] * 2)
@@ -387,7 +387,7 @@ def test_the_vae_computes_in_float32_where_its_configuration_says_that_float16_o
         "encoder": "float32",
     }
     assert {family.dtype(kind, "bfloat16") for kind in family.components} == {"bfloat16"}
-    mended = _family(_altered(model, tmp_path, "vae/config.json", force_upcast=False), make_recipe())
+    mended = _family(parts.altered(model, tmp_path, "vae/config.json", force_upcast=False), make_recipe())
     assert mended.dtype("decoder", "float16") == "float16"
 
 
@@ -425,14 +425,6 @@ print("torch" in sys.modules, "diffusers" in sys.modules, "transformers" in sys.
 """
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False False False\n"
-
-
-def _altered(model: Path, folder: Path, name: str, **changes: Any) -> Path:
-    """A copy of the model with one JSON file changed."""
-    shutil.copytree(model, folder / "altered")
-    file = folder / "altered" / name
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    return folder / "altered"
 
 
 @pytest.mark.parametrize(
@@ -486,6 +478,6 @@ def _altered(model: Path, folder: Path, name: str, **changes: Any) -> Path:
 def test_relatives_of_the_model_are_refused_by_name(
     model: Path, make_recipe: Make, tmp_path: Path, name: str, changes: dict[str, Any], message: str
 ) -> None:
-    folder = _altered(model, tmp_path, name, **changes)
+    folder = parts.altered(model, tmp_path, name, **changes)
     with pytest.raises(ModelError, match=message):
         open_model(Model(folder, "tiny"), make_recipe())
