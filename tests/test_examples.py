@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import ablate
 import pytest
+import train_teacher
 import yaml
 from arms import ARMS, WORDS
 from data import all_scenes
@@ -51,3 +53,28 @@ def test_a_stage_that_was_interrupted_is_timed_as_a_whole_one() -> None:
     assert ablate.duration([(10.0, 0, 8), (10.0, 4, 8), (11.0, 5, 8), (14.0, 8, 8)]) == 8.0
     assert ablate.duration([(10.0, 0, 8), (11.0, 1, 8), (18.0, 8, 8)]) == 8.0
     assert ablate.duration([(10.0, 0, 8), (10.0, 8, 8)]) == 0.0
+
+
+def test_stages_of_the_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All without a name; with another style the denoiser of a copy."""
+    done: list[tuple[str, Path, int]] = []
+
+    def stage(name: str) -> tuple[Callable[..., None], int]:
+        return lambda model, work, steps, style: done.append((name, model, steps)), 7
+
+    monkeypatch.setattr(train_teacher, "STAGES", {name: stage(name) for name in train_teacher.STAGES})
+    (tmp_path / "model").mkdir()
+    folders = ["--model", str(tmp_path / "model"), "--work", str(tmp_path / "work")]
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["train_teacher.py", *arguments, *folders])
+        train_teacher.main()
+
+    run()
+    assert done == [(name, tmp_path / "model", 7) for name in ("tokenizer", "vae", "text", "unet")]
+    done.clear()
+    run("--style", "night", "--steps", "3")
+    run("vae")
+    assert done == [("unet", tmp_path / "work/night/model", 3), ("vae", tmp_path / "model", 7)]
+    with pytest.raises(SystemExit):
+        run("vea")

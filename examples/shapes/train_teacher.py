@@ -372,12 +372,14 @@ FINE_TUNING = 600
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", choices=[*STAGES], help="default: all, in order; with --style: unet")
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; default: all, in order; with --style: unet")
     parser.add_argument("--style", choices=STYLES, help="fine-tune a copy of the model on images in this style")
     parser.add_argument("--model", type=Path, default=HERE / "model", help="where the finished components go")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="where checkpoints, pool and loss logs go")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the stage's own number")
     arguments = parser.parse_args()
+    if unknown := [stage for stage in arguments.stages if stage not in STAGES]:
+        parser.error(f"unknown stages: {', '.join(unknown)}")
     model, work, stages = arguments.model, arguments.work, arguments.stages or [*STAGES]
     if arguments.style:
         model, work, stages = work / arguments.style / "model", work / arguments.style, ["unet"]
