@@ -145,7 +145,7 @@ def example_inputs(
     fixed = {"timestep": 500.0, "guidance_scale": 4.0}
     sizes = dict(source.sizes) | {"batch": batch}
     for port in source.inputs:
-        if latents and port.name == "latents":
+        if latents and port.name in ("latents", "noise"):
             dims = [str(dim).rpartition("*") for dim in port.shape[2:]]
             sizes |= {name: size // int(factor or 1) for (factor, _, name), size in zip(dims, latents, strict=True)}
     inputs: dict[str, NDArray[Any]] = {}
@@ -153,8 +153,8 @@ def example_inputs(
         shape = [dim if isinstance(dim, int) else _resolve(dim, sizes) for dim in port.shape]
         if port.dtype == "uint8":
             inputs[port.name] = rng.integers(0, 256, shape, np.uint8)
-        elif port.name.endswith("mask"):  # tokens, then padding
-            lengths = rng.integers(1, shape[1] + 1, (shape[0], 1))
+        elif port.name.endswith("mask"):  # tokens, of which a family may drop those of its template, then padding
+            lengths = rng.integers(3 * shape[1] // 4, shape[1] + 1, (shape[0], 1))
             inputs[port.name] = (np.arange(shape[1]) < lengths).astype(np.int64)
         elif port.dtype == "int64":
             inputs[port.name] = rng.integers(0, vocabulary, shape)
