@@ -24,10 +24,10 @@ TEST := $(VENV)/with-cpu,distill,export,rtx,test
 # TensorRT's type stubs, for a test. They lie apart, and come without TensorRT itself, which they ask for.
 STUBS := $(VENV)/stubs/.installed
 
-.PHONY: help demo test native lint train distill bench evaluate clean
+.PHONY: help demo test native native-soak lint train distill bench evaluate clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(RUN) ## Build the demonstration bundle and make six images, out/sheet.png shows them all
 	@TIMEFORMAT='build took %R s'; \
@@ -39,8 +39,11 @@ demo: $(RUN) ## Build the demonstration bundle and make six images, out/sheet.pn
 test: lint ## Lint, check types, and run every test but those of native/
 	@$(BIN)/pytest --ignore=tests/native
 
-native: $(TEST) ## Build the native runtime, which is unfinished, and run its tests
+native: $(TEST) ## Build the native runtime and run its tests; what it needs is in docs/embedding.md
 	@$(BIN)/pytest tests/native
+
+native-soak: ## Sanitizers, threads and fuzzers over the native runtime: some 40 minutes; needs clang
+	native/scripts/soak.sh build/soak
 
 lint: $(TEST) ## Lint and check types
 	@$(BIN)/ruff check
