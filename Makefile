@@ -37,7 +37,7 @@ demo: $(RUN) ## Build the demonstration bundle and make six images, out/sheet.pn
 	@echo 'The images are in out/, all of them on one sheet in out/sheet.png. About nine in ten show what their caption says.'
 
 test: lint ## Lint, check types, and run every test but those of native/
-	@$(BIN)/pytest --ignore=tests/native
+	@$(BIN)/pytest --ignore=tests/native --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 native: $(TEST) ## Build the native runtime and run its tests; what it needs is in docs/embedding.md
 	@$(BIN)/pytest tests/native

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,9 @@ def shapes_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from glance_trt.build import build
     from glance_trt.engines import backends, targets
 
-    output = tmp_path_factory.mktemp("bundles") / "shapes.bundle"
+    # Of several processes that run tests, one builds it and the others wait.
+    folder = tmp_path_factory.getbasetemp()
+    output = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shapes.bundle"
     engines = [name for name in ("cpu", "rtx") if backends.unavailable(targets.load(name)) is None]
     build(str(REPOSITORY / "export/shapes.yaml"), output, engines=engines)
     return output

@@ -151,8 +151,11 @@ def _parity(record: BuildRecord) -> list[Html]:
         for item in results:
             exact = item.error == item.tolerance == 0
             share = 0.0 if exact else item.error / item.tolerance if item.tolerance else math.inf
-            unit = " of 255" if item.graph == "decoder" else ""
-            shown = bar("exact" if exact else f"{100 * share:.0f} %", share)
+            pixels = item.graph == "decoder"
+            unit = " of 255" if pixels else ""
+            rounded = pixels and 0 < item.error <= min(1, item.tolerance)  # to the next whole number
+            said = "exact" if exact else "rounding" if rounded else f"{100 * share:.0f} %"
+            shown = bar(said, 0 if rounded else share)
             rows.append((item.graph, ran, f"{item.error:.2g}{unit}", f"{item.tolerance:g}{unit}", shown))
     head = ("Graph", "Ran as", "Largest error", "Tolerance", "Share of tolerance")
     unit = "Errors are relative to the largest value of PyTorch's output, the decoder's are pixel values."
