@@ -78,7 +78,7 @@ typedef void (*glance_log_callback)(void *user, int32_t level, const char *messa
 
 /* How much of a stage is done, and of how much, in the stage's own unit: "check", the bytes of files whose content is
  * checked; "generate", the steps of all images. Called in the thread of the call that it reports on, the first time of
- * a stage with done == 0. Returns 0 to go on; anything else ends the call with GLANCE_ERROR_CANCELLED. */
+ * a stage with done == 0, and of "generate" when all that was set has been checked. Returns 0 to go on; anything else ends the call with GLANCE_ERROR_CANCELLED. */
 typedef int32_t (*glance_progress_callback)(void *user, const char *stage, uint64_t done, uint64_t total);
 
 /* Options, for opening a bundle. A NULL in their place means the defaults. */

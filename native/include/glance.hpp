@@ -51,6 +51,14 @@ inline void check(glance_error *error) {
     }
 }
 
+/// Of a text that goes through C, which would cut it at a zero byte. Throws `Error`.
+inline const char *whole(const std::string &text) {
+    if (text.find('\0') != std::string::npos) {
+        throw Error(GLANCE_ERROR_INPUT, "prompt: holds a zero byte; a prompt is text");
+    }
+    return text.c_str();
+}
+
 /// A callback, and what it threw: nothing may be thrown through the library.
 struct Watcher {
     Progress progress;
@@ -184,9 +192,11 @@ class Session {
         handle_.reset(session);
     }
 
-    void set_prompt(const std::string &prompt) { detail::check(glance_session_set_prompt(get(), prompt.c_str())); }
+    void set_prompt(const std::string &prompt) {
+        detail::check(glance_session_set_prompt(get(), detail::whole(prompt)));
+    }
     void set_negative_prompt(const std::string &prompt) {
-        detail::check(glance_session_set_negative_prompt(get(), prompt.c_str()));
+        detail::check(glance_session_set_negative_prompt(get(), detail::whole(prompt)));
     }
     void set_tokens(const std::string &tokenizer, const std::vector<std::int64_t> &ids) {
         detail::check(glance_session_set_tokens(get(), tokenizer.c_str(), ids.data(), ids.size()));

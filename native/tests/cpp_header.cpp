@@ -51,5 +51,9 @@ int main() {
         CHECK(error.kind() == GLANCE_ERROR_CANCELLED);
     }
     std::filesystem::remove_all(folder);
+
+    const std::string text = "a star";
+    CHECK(glance::detail::whole(text) == text.c_str());
+    CHECK_THROWS(glance::Error, glance::detail::whole(std::string("a\0b", 3)));
     return 0;
 }
