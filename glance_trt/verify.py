@@ -18,7 +18,7 @@ from glance_trt.errors import ParityError
 from glance_trt.progress import Progress, silent
 from glance_trt.prompts import read_prompts
 from glance_trt.recipe import Recipe
-from glance_trt.runtime.pipeline import Pipeline
+from glance_trt.runtime.pipeline import Pipeline, choose_target
 
 PSNR = {"float32": 50.0, "float16": 35.0, "bfloat16": 35.0}
 """Of a whole image against diffusers in float32, in decibels, the least that is accepted, by the engines' dtype."""
@@ -49,7 +49,9 @@ def compare(
     default those that the recipe distils with. images: how many, by default one of each prompt given, or 2. Raises
     `ParityError` where a graph or an image differs too much, or where the recipe has another schedule or guidance.
     """
-    for module in ("torch", "diffusers", "peft"):  # before those that are there take seconds to load
+    # What cannot be is said before PyTorch is loaded, which takes seconds.
+    target = choose_target(bundle, target, device)
+    for module in ("torch", "diffusers", "peft"):
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named {module!r}", name=module)
     from glance_trt.export import inputs, parity, phases

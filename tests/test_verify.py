@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from glance_trt import recipe
 from glance_trt.build import build
 from glance_trt.bundle import Bundle
-from glance_trt.errors import ParityError
+from glance_trt.errors import ParityError, TargetError
 from glance_trt.export.reference import DiffusersReference
 from glance_trt.verify import compare, psnr
 
@@ -43,6 +44,21 @@ def bundle(home: Path, traced: Callable[..., Any], tmp_path_factory: pytest.Temp
         for module in ("build", "compiling"):
             patch.setattr(f"glance_trt.{module}.Worker", InProcess)
         return build(str(home / "tiny.yaml"), tmp_path_factory.mktemp("built") / "tiny.bundle").bundle
+
+
+@pytest.mark.parametrize("missing", ["peft", None])
+def test_what_cannot_be_compared_is_refused_before_pytorch_is_loaded(
+    bundle: Bundle, home: Path, missing: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "glance_trt.export.reference", None)  # which would load it
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(ModuleNotFoundError) as caught:
+            compare(bundle, str(home / "tiny.yaml"))
+        assert caught.value.name == missing
+    else:
+        with pytest.raises(TargetError, match=r"^cpu: runs on the CPU; for GPU 3, take a target for one$"):
+            compare(bundle, str(home / "tiny.yaml"), target="cpu", device=3)
 
 
 def test_image_i_is_of_prompt_i_and_seed_i(bundle: Bundle, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

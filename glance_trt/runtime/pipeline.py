@@ -100,7 +100,7 @@ class Pipeline:
             raise InputError(f"threads: expected 1 to {_MOST_THREADS}, got {threads}")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
-        target = _choose(bundle, target, device)
+        target = choose_target(bundle, target, device)
         bundle.check(bundle.manifest.engine_files(target))
         runner = open_runner(
             bundle, target, threads=threads, device=device, stream=stream, trust=trust, one_at_a_time=low_memory
@@ -340,8 +340,8 @@ class Pipeline:
         return self.bundle.manifest.image.latents_of(settings.height, settings.width)
 
 
-def _choose(bundle: Bundle, target: str | None, device: int) -> str:
-    """The target to run: the one asked for, or the first that runs here. Raises `TargetError`."""
+def choose_target(bundle: Bundle, target: str | None, device: int) -> str:
+    """The target to run: the one asked for, if it runs here, or the first that does. Raises `TargetError`."""
     engines = bundle.manifest.engines
     if target is None:
         reasons = {}
@@ -353,4 +353,6 @@ def _choose(bundle: Bundle, target: str | None, device: int) -> str:
         raise TargetError(f"{bundle.directory}: none of its targets runs here:{listed}")
     if target not in engines:
         raise TargetError(f"target {target!r}: this bundle has engines for {', '.join(engines) or 'none'}")
+    if reason := unrunnable(engines[target].backend, engines[target].requires, device):
+        raise TargetError(f"{target}: {reason}")
     return target

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from glance_trt import trust as plans
 from glance_trt.bundle import Bundle, EngineSet
 from glance_trt.errors import TargetError
-from glance_trt.requirements import unrunnable
 from glance_trt.runtime.chain import Call, Chained
 
 _PLAIN = "CUDAExecutionProvider"
@@ -50,13 +49,12 @@ def open_runner(
     trust: bool = False,
     one_at_a_time: bool = False,
 ) -> ChainRunner:
-    """A runner for one of the bundle's targets, whose files have been checked; arguments as in `Pipeline.open`.
+    """A runner for one of the bundle's targets, which runs here, and whose files have been checked; arguments as in
+    `Pipeline.open`.
 
     Raises `TargetError`.
     """
     engines, files = bundle.manifest.engines[target], bundle.manifest.files
-    if reason := unrunnable(engines.backend, engines.requires, device):
-        raise TargetError(f"{target}: {reason}")
     if engines.backend == "onnxruntime-gpu" and engines.requires.get("provider") != _PLAIN and not trust:
         raise TargetError(
             f"{target}: its graphs go to TensorRT through ONNX Runtime, and a graph can hold a plan, which is native "
