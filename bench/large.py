@@ -109,7 +109,7 @@ def qwen_image(small: bool) -> Modules:
         "vocab_size": 152064,
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     }
-    vision = {"depth": 1 if small else 32, "out_hidden_size": 3584}
+    vision = {"depth": 1 if small else 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
     return {
         "transformer": QwenImageTransformer2DModel(num_layers=1 if small else 60),
         "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
