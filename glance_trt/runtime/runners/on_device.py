@@ -253,9 +253,9 @@ class DeviceRunner:
     def _input(self, value: Any) -> NDArray[Any] | DeviceArray:
         if isinstance(value, (np.ndarray, np.generic)):
             return np.asarray(value, order="C")
-        if hasattr(value, "__cuda_array_interface__") and not hasattr(value, "__dlpack__"):
-            return self._device.take(value)
         if not hasattr(value, "__dlpack__"):
+            if hasattr(value, "__cuda_array_interface__"):
+                return self._device.take(value)
             raise InputError(f"expected an array, of NumPy or with DLPack; got {type(value).__name__}")
         on_host = value.__dlpack_device__()[0] == _ON_HOST and not self._device.is_host
         return np.asarray(np.from_dlpack(value), order="C") if on_host else self._device.take(value)

@@ -2,6 +2,8 @@
 
 #include "tokenizing/read.hpp"
 
+#include <algorithm>
+
 namespace glance_trt {
 
 AddedTokens::AddedTokens(const Node &node, const TokenModel &model, const Normalizer *normalizer) {
@@ -12,7 +14,6 @@ AddedTokens::AddedTokens(const Node &node, const TokenModel &model, const Normal
         }
         const auto known = model.id_of(content);
         const std::uint32_t id = known ? *known : token_id(required(item, "id"));
-        ids_[content] = id;
         const auto place = static_cast<std::uint32_t>(tokens_.size());
         tokens_.push_back(
             {id, flag(item, "single_word", false), flag(item, "lstrip", false), flag(item, "rstrip", false)});
@@ -32,18 +33,8 @@ void AddedTokens::split(const Characters &text, const Normalizer *normalizer, co
     });
 }
 
-std::optional<std::uint32_t> AddedTokens::id_of(const std::string &token) const {
-    const auto place = ids_.find(token);
-    return place == ids_.end() ? std::nullopt : std::optional(place->second);
-}
-
 bool AddedTokens::has(std::uint32_t id) const {
-    for (const auto &[token, known] : ids_) {
-        if (known == id) {
-            return true;
-        }
-    }
-    return false;
+    return std::any_of(tokens_.begin(), tokens_.end(), [id](const Added &token) { return token.id == id; });
 }
 
 void AddedTokens::search(const Characters &text, const Trie &words, const std::function<void(Token)> &token,

@@ -7,8 +7,6 @@
 #include "tokenizing/trie.hpp"
 
 #include <functional>
-#include <map>
-#include <string>
 #include <vector>
 
 namespace glance_trt {
@@ -22,7 +20,6 @@ class AddedTokens {
     void split(const Characters &text, const Normalizer *normalizer, const std::function<void(Token)> &token,
                const std::function<void(const Characters &)> &between) const;
 
-    std::optional<std::uint32_t> id_of(const std::string &token) const;
     bool has(std::uint32_t id) const;
 
   private:
@@ -34,7 +31,6 @@ class AddedTokens {
                 const std::function<void(const Characters &)> &between) const;
 
     std::vector<Added> tokens_;
-    std::map<std::string, std::uint32_t> ids_;
     Trie as_written_; // to places in tokens_
     Trie normalized_;
 };

@@ -2,9 +2,9 @@
 #include "tokenizing/model.hpp"
 #include "tokenizing/read.hpp"
 
+#include <algorithm>
 #include <queue>
 #include <unordered_map>
-#include <unordered_set>
 
 namespace glance_trt {
 namespace {
@@ -75,7 +75,9 @@ class Bpe : public TokenModel {
         return place == ids_.end() ? std::nullopt : std::optional(place->second);
     }
 
-    bool has(std::uint32_t id) const override { return known_.count(id) != 0; }
+    bool has(std::uint32_t id) const override {
+        return std::any_of(ids_.begin(), ids_.end(), [id](const auto &entry) { return entry.second == id; });
+    }
 
   private:
     static std::string text_of(const Node &node, const std::string &key) {
@@ -95,9 +97,6 @@ class Bpe : public TokenModel {
         ids_.reserve(entries->size());
         for (const auto &[token, value] : *entries) {
             ids_.emplace(token, token_id(Node(value, node.path())));
-        }
-        for (const auto &[token, id] : ids_) {
-            known_.insert(id);
         }
     }
 
@@ -200,7 +199,6 @@ class Bpe : public TokenModel {
     std::string suffix_, prefix_;
     bool whole_words_, fuses_;
     std::unordered_map<std::string, std::uint32_t> ids_;
-    std::unordered_set<std::uint32_t> known_;
     std::unordered_map<std::uint64_t, Merge> merges_;
     std::optional<std::uint32_t> unknown_;
 };

@@ -49,7 +49,7 @@ class Unigram : public TokenModel {
         std::vector<std::size_t> begins(1, text.size());
         for (std::size_t end = text.size(); end > 0; end = best[end].begin) {
             const bool unknown = best[end].id == unknown_;
-            if (unknown && !found.empty() && found.back().id == unknown_ && fused_) {
+            if (unknown && !found.empty() && found.back().id == unknown_) { // neighbours become one token
                 begins.back() = best[end].begin;
             } else {
                 found.push_back({best[end].id, 0});
@@ -112,8 +112,6 @@ class Unigram : public TokenModel {
         }
         return places;
     }
-
-    static constexpr bool fused_ = true; // neighbours that are unknown become one token
 
     std::vector<double> scores_; // by id
     std::unordered_map<std::string, std::uint32_t> ids_;
