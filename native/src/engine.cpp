@@ -2,12 +2,23 @@
 
 #include "error.hpp"
 #include "onnxruntime/backend.hpp"
+#include "tensorrt/backend.hpp"
 #include "text.hpp"
 
 #include <map>
 
 namespace glance_trt {
 namespace {
+
+/// TensorRT's, where its header was found when this library was built.
+const std::vector<const tensorrt::Flavour *> flavours = {
+#ifdef GLANCE_WITH_TENSORRT
+    &tensorrt::tensorrt,
+#endif
+#ifdef GLANCE_WITH_TENSORRT_RTX
+    &tensorrt::tensorrt_rtx,
+#endif
+};
 
 /// The backends that this library was built with, made when they are first asked for.
 class Backends {
@@ -16,25 +27,40 @@ class Backends {
 
     /// Null where the library has none of that name.
     Backend *find(const std::string &name) {
-        if (name != "onnxruntime" && name != "onnxruntime-gpu") {
-            return nullptr;
+        if (name == "onnxruntime" || name == "onnxruntime-gpu") {
+            return made("onnxruntime", [&] { return make_onnxruntime(options_); });
         }
-        auto &backend = made_["onnxruntime"];
-        if (!backend) {
-            backend = make_onnxruntime(options_);
+        for (const tensorrt::Flavour *flavour : flavours) {
+            if (name == flavour->backend) {
+                return made(name, [&] { return make_tensorrt(*flavour, options_); });
+            }
         }
-        return backend.get();
+        return nullptr;
     }
 
     std::optional<std::string> unrunnable(const EngineSet &engines) {
         if (Backend *backend = find(engines.backend)) {
             return backend->unrunnable(engines);
         }
-        return "this library runs engines of onnxruntime and onnxruntime-gpu, not " + engines.backend +
-               "; compile a target for the CPU: glance-trt compile BUNDLE --engine cpu";
+        std::vector<std::string> names = {"onnxruntime", "onnxruntime-gpu"};
+        for (const tensorrt::Flavour *flavour : flavours) {
+            names.emplace_back(flavour->backend);
+        }
+        return "this library was built to run engines of " + joined(names) + ", not of " + engines.backend +
+               "; build it with TensorRT's headers (-DTENSORRT_ROOT), or compile a target for the CPU: glance-trt "
+               "compile BUNDLE --engine cpu";
     }
 
   private:
+    template <class Make>
+    Backend *made(const std::string &name, const Make &make) {
+        auto &backend = made_[name];
+        if (!backend) {
+            backend = make();
+        }
+        return backend.get();
+    }
+
     const Options &options_;
     std::map<std::string, std::unique_ptr<Backend>> made_;
 };
@@ -80,7 +106,7 @@ Tensor Runner::chain(const std::vector<Call> &calls, Tensors values, const Watch
 Opened open_target(const Bundle &bundle, const Options &options) {
     Backends backends(options);
     const std::string target = choose(bundle, options.target, backends);
-    const Record record(options.cache);
+    const Record record(options.cache, hashed_record);
     const Checked checked = bundle.check(bundle.manifest().engine_files(target), &record, options.progress);
     auto runner = backends.find(bundle.manifest().engines[target].backend)->open(bundle, target);
     bundle.confirm(checked);

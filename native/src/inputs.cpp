@@ -40,14 +40,13 @@ bool fits(const std::vector<Dimension> &shape, const Shape &got) {
 
 } // namespace
 
-void check_inputs(const std::string &graph, const std::vector<Port> &ports, const Tensors &tensors) {
+void check_inputs(const std::string &graph, const std::vector<Port> &ports, const Specs &values) {
     std::map<std::string, std::pair<std::int64_t, std::string>> sizes; // of dimensions that have a name, and whose
     for (const Port &port : ports) {
-        const Tensor &tensor = tensors.at(port.name);
-        const Shape &shape = tensor.shape();
+        const auto &[dtype, shape] = values.at(port.name);
         const std::string got = graph + ": got " + port.name + " " + shown(shape);
-        if (tensor.dtype() != port.dtype) {
-            throw Error(Kind::input, got + " " + tensor.dtype() + "; this engine takes " + port.dtype);
+        if (dtype != port.dtype) {
+            throw Error(Kind::input, got + " " + dtype + "; this engine takes " + port.dtype);
         }
         if (!fits(port.shape, shape)) {
             throw Error(Kind::input, got + "; this engine takes " + shown(port.shape));
@@ -60,8 +59,8 @@ void check_inputs(const std::string &graph, const std::vector<Port> &ports, cons
             const auto [known, fresh] = sizes.try_emplace(name, shape[i], port.name);
             if (known->second.first != shape[i]) {
                 const std::string &other = known->second.second;
-                throw Error(Kind::input, got + " and " + other + " " + shown(tensors.at(other).shape()) +
-                                             "; they differ in " + name);
+                throw Error(Kind::input,
+                            got + " and " + other + " " + shown(values.at(other).shape) + "; they differ in " + name);
             }
         }
     }

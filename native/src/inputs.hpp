@@ -9,7 +9,7 @@
 
 namespace glance_trt {
 
-/// Tensors fit a graph's inputs. Throws `Error` of the kind input, which starts with the graph's name.
-void check_inputs(const std::string &graph, const std::vector<Port> &ports, const Tensors &tensors);
+/// Values fit a graph's inputs. Throws `Error` of the kind input, which starts with the graph's name.
+void check_inputs(const std::string &graph, const std::vector<Port> &ports, const Specs &values);
 
 } // namespace glance_trt

@@ -4,6 +4,7 @@
 #include "files.hpp"
 #include "json.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -17,8 +18,7 @@
 namespace glance_trt {
 namespace {
 
-constexpr std::size_t most_entries = 1000;
-constexpr std::uint64_t most_bytes = 1 << 20;
+constexpr std::size_t most_entries = 1000, most_bytes = 1 << 20; // of a record
 
 std::string home_folder() {
     if (const char *home = std::getenv("HOME"); home && *home) {
@@ -44,21 +44,19 @@ std::string user_folder() {
 #endif
 }
 
-/// Whether another user could have written a file.
+/// Whether only this user can have written a file.
 bool is_ours(const std::string &path) {
     struct stat status {};
     return lstat(path.c_str(), &status) == 0 && status.st_uid == geteuid() && !(status.st_mode & (S_IWGRP | S_IWOTH));
 }
 
-/// The entries, in order; none where the record is damaged or not ours.
-std::vector<std::pair<std::string, std::string>> entries(const std::string &path) {
-    std::vector<std::pair<std::string, std::string>> result;
+using Entries = std::vector<std::pair<std::string, std::string>>;
+
+/// In order; none where the record is damaged.
+Entries entries_of(const std::string &content) {
+    Entries result;
     try {
-        if (path.empty() || !is_ours(path)) {
-            return result;
-        }
-        const File file(path);
-        const json::Value value = json::parse(file.identity().size <= most_bytes ? file.read() : "");
+        const json::Value value = json::parse(content.size() <= most_bytes ? content : "");
         if (const auto *object = value.as<json::Object>()) {
             for (const auto &[key, item] : *object) {
                 if (const auto *text = item.as<std::string>()) {
@@ -66,8 +64,6 @@ std::vector<std::pair<std::string, std::string>> entries(const std::string &path
                 }
             }
         }
-    } catch (const Error &) {
-        result.clear();
     } catch (const json::Malformed &) {
         result.clear();
     }
@@ -94,15 +90,38 @@ void write(const std::string &path, const std::string &content) {
     }
 }
 
+/// Empty where there is no folder.
+std::string place(const std::optional<std::string> &folder, const std::string &name) {
+    const std::string found = folder.value_or(user_folder());
+    return found.empty() ? "" : found + "/" + name;
+}
+
 } // namespace
 
-Record::Record(const std::optional<std::string> &folder) {
-    const std::string place = folder.value_or(user_folder());
-    path_ = place.empty() ? "" : place + "/hashed.json";
+std::string read_cached(const std::optional<std::string> &folder, const std::string &name) {
+    const std::string path = place(folder, name);
+    try {
+        if (!path.empty() && is_ours(path)) {
+            return File(path).read();
+        }
+    } catch (const Error &) { // not to be read, so not there
+    }
+    return "";
+}
+
+void write_cached(const std::optional<std::string> &folder, const std::string &name, const std::string &content) {
+    if (const std::string path = place(folder, name); !path.empty()) {
+        write(path, content);
+    }
+}
+
+bool Record::contains(const std::string &key) const {
+    const Entries entries = entries_of(read_cached(folder_, name_));
+    return std::any_of(entries.begin(), entries.end(), [&key](const auto &entry) { return entry.first == key; });
 }
 
 std::string Record::find(const std::string &identity) const {
-    for (const auto &[key, sha256] : entries(path_)) {
+    for (const auto &[key, sha256] : entries_of(read_cached(folder_, name_))) {
         if (key == identity && sha256.size() == 64) {
             return sha256;
         }
@@ -111,16 +130,13 @@ std::string Record::find(const std::string &identity) const {
 }
 
 void Record::add(const std::string &identity, const std::string &sha256) const {
-    if (path_.empty()) {
-        return;
-    }
-    auto all = entries(path_);
+    Entries all = entries_of(read_cached(folder_, name_));
     all.emplace_back(identity, sha256);
     std::string content;
     for (std::size_t i = all.size() > most_entries ? all.size() - most_entries : 0; i < all.size(); ++i) {
         content += (content.empty() ? "" : ", ") + json::quoted(all[i].first) + ": " + json::quoted(all[i].second);
     }
-    write(path_, "{" + content + "}");
+    write_cached(folder_, name_, "{" + content + "}");
 }
 
 } // namespace glance_trt

@@ -132,7 +132,8 @@ EngineSet read_engine_set(const Node &node) {
     });
     check_compute_dtype(fields.path("dtype"), dtype);
     if (budget) {
-        limits::check_range(fields.path("weight_streaming_budget"), *budget, 0, limits::int32);
+        engines.weight_streaming_budget =
+            limits::check_range(fields.path("weight_streaming_budget"), *budget, 0, limits::int32);
     }
     return engines;
 }

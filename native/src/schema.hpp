@@ -52,6 +52,7 @@ struct EngineSet {
     std::string backend;
     Named<Engine> graphs;
     Named<std::string> requirements;
+    std::optional<std::int64_t> weight_streaming_budget; // MiB
 
     /// What a requirement says; empty where it is not named.
     std::string required(const std::string &key) const;

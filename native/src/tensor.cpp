@@ -20,8 +20,24 @@ std::string shown(const Shape &shape) {
     return "(" + text + ")";
 }
 
+std::size_t Spec::bytes() const {
+    std::size_t bytes = element_bytes(dtype);
+    for (const std::int64_t size : shape) {
+        bytes *= static_cast<std::size_t>(size);
+    }
+    return bytes;
+}
+
+Specs specs_of(const Tensors &tensors) {
+    Specs specs;
+    for (const auto &[name, tensor] : tensors) {
+        specs[name] = tensor.spec();
+    }
+    return specs;
+}
+
 Tensor::Tensor(std::string dtype, Shape shape, const void *content, std::size_t bytes)
-    : dtype_(std::move(dtype)), shape_(std::move(shape)) {
+    : spec_{std::move(dtype), std::move(shape)} {
     const auto *first = static_cast<const std::byte *>(content);
     content_ = std::make_shared<const std::vector<std::byte>>(first, first + bytes);
 }
@@ -35,9 +51,9 @@ Tensor Tensor::repeated(std::size_t count) const {
     for (std::size_t i = 0; i < count; ++i) {
         content.insert(content.end(), content_->begin(), content_->end());
     }
-    Shape shape = shape_;
+    Shape shape = spec_.shape;
     shape[0] = static_cast<std::int64_t>(count);
-    return {dtype_, std::move(shape), content};
+    return {spec_.dtype, std::move(shape), content};
 }
 
 } // namespace glance_trt

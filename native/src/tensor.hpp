@@ -17,6 +17,14 @@ std::size_t element_bytes(const std::string &dtype);
 /// A shape as errors show it: (1,4,8,8).
 std::string shown(const Shape &shape);
 
+/// What a tensor is, but for its content.
+struct Spec {
+    std::string dtype;
+    Shape shape;
+
+    std::size_t bytes() const;
+};
+
 /// A tensor whose content does not change once it is made, so that copies share it, in any number of threads.
 class Tensor {
   public:
@@ -27,8 +35,9 @@ class Tensor {
     Tensor(std::string dtype, Shape shape, const std::vector<T> &content)
         : Tensor(std::move(dtype), std::move(shape), content.data(), content.size() * sizeof(T)) {}
 
-    const std::string &dtype() const { return dtype_; }
-    const Shape &shape() const { return shape_; }
+    const Spec &spec() const { return spec_; }
+    const std::string &dtype() const { return spec_.dtype; }
+    const Shape &shape() const { return spec_.shape; }
     std::size_t bytes() const { return content_ ? content_->size() : 0; }
     template <class T>
     const T *data() const {
@@ -38,12 +47,14 @@ class Tensor {
     Tensor repeated(std::size_t count) const;
 
   private:
-    std::string dtype_;
-    Shape shape_;
+    Spec spec_;
     std::shared_ptr<const std::vector<std::byte>> content_;
 };
 
 /// By name: of a port, or of a value.
 using Tensors = std::map<std::string, Tensor>;
+using Specs = std::map<std::string, Spec>;
+
+Specs specs_of(const Tensors &tensors);
 
 } // namespace glance_trt

@@ -27,7 +27,7 @@ inline Manifest manifest() {
 class FakeRunner : public Runner {
   public:
     Tensors run(const std::string &graph, const Tensors &inputs) const override {
-        check_inputs(graph, manifest_.graphs[graph].inputs, inputs);
+        check_inputs(graph, manifest_.graphs[graph].inputs, specs_of(inputs));
         return graph == "text_encoder" ? encode(inputs.at("ids"))
                : graph == "decoder"    ? decode(inputs.at("x"))
                                        : denoise(inputs);

@@ -78,7 +78,7 @@ void test_a_cache_keeps_the_prompts_that_were_asked_for_last() {
 
 void test_a_record_is_kept_by_its_user_alone(const std::string &folder) {
     const std::string sha256(64, 'a'), path = folder + "/cache/hashed.json";
-    const Record record(folder + "/cache");
+    const Record record(folder + "/cache", hashed_record);
     CHECK(record.find("1:2").empty());
     record.add("1:2", sha256);
     CHECK(record.find("1:2") == sha256 && record.find("1:3").empty());
@@ -96,7 +96,10 @@ void test_a_record_is_kept_by_its_user_alone(const std::string &folder) {
     CHECK(chmod(path.c_str(), 0600) == 0 && record.find("999") == sha256);
     std::ofstream(path) << "{\"999\": ";
     CHECK(record.find("999").empty());
-    CHECK(Record("").find("999").empty());
+    CHECK(Record("", hashed_record).find("999").empty());
+    CHECK(!Record(folder + "/cache", trusted_record).contains(sha256));
+    std::ofstream(folder + "/cache/trusted.json") << "{\"" << sha256 << "\": \"\"}"; // as Python writes it
+    CHECK(Record(folder + "/cache", trusted_record).contains(sha256));
 }
 
 void test_shapes_of_inputs_are_left_out_of_a_model_in_place() {

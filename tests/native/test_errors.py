@@ -194,11 +194,11 @@ def test_an_engine_that_says_that_it_is_for_another_machine_is_refused(native: L
     assert str(error).startswith("decoder.onnx: built for onnxruntime 1.2.3, but this is ")
 
 
-def test_plans_are_not_for_this_library(native: Library, damaged: Path) -> None:
+def test_plans_are_not_for_a_library_without_tensorrt(native: Library, damaged: Path) -> None:
     put("engines", "cpu", "backend", "tensorrt")(damaged)
     error = refusal(lambda: native.open(damaged))
     assert error.kind == "target"
-    reason = "cpu: this library runs engines of onnxruntime and onnxruntime-gpu, not tensorrt"
+    reason = "cpu: this library was built to run engines of onnxruntime, onnxruntime-gpu, not of tensorrt"
     assert str(error).startswith(f"{damaged}: none of its targets runs here:\n  {reason}; ")
 
 

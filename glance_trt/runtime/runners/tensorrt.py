@@ -96,7 +96,13 @@ class TensorRTEngine:
             if all(_fits(shape, *bounds[port]) for port, shape in shapes.items()):
                 return profile
             ranges.append(bounds)
-        port = next(port for port, shape in shapes.items() if not any(_fits(shape, *b[port]) for b in ranges))
+        unfit = [port for port, shape in shapes.items() if not any(_fits(shape, *b[port]) for b in ranges)]
+        if not unfit:
+            raise InputError(
+                f"{self._name}: none of its optimization profiles takes these shapes together. Build with the ranges "
+                "that you need"
+            )
+        port = unfit[0]
         takes = " or ".join(dict.fromkeys(_range(*bounds[port]) for bounds in ranges))
         raise InputError(
             f"{self._name}: got {port} {_shown(shapes[port])}; this engine takes {takes}. Stay within, or build "

@@ -3,13 +3,12 @@
 #include "error.hpp"
 #include "onnxruntime/library.hpp"
 #include "onnxruntime/session.hpp"
+#include "platform.hpp"
 #include "text.hpp"
 
 #include <algorithm>
 #include <future>
 #include <map>
-
-#include <sys/utsname.h>
 
 namespace glance_trt {
 namespace {
@@ -145,21 +144,6 @@ class OnnxRuntime : public Backend {
 
 std::unique_ptr<Backend> make_onnxruntime(const Options &options) {
     return std::make_unique<OnnxRuntime>(options);
-}
-
-std::string cpu_family() {
-    utsname system{};
-    uname(&system);
-    std::string machine = system.machine;
-    machine = machine == "amd64" ? "x86_64" : machine == "arm64" ? "aarch64" : machine;
-#ifdef __x86_64__
-    if (machine == "x86_64") {
-        return __builtin_cpu_supports("avx512f") ? "x86_64-avx512"
-               : __builtin_cpu_supports("avx2")  ? "x86_64-avx2"
-                                                 : "x86_64";
-    }
-#endif
-    return machine;
 }
 
 } // namespace glance_trt

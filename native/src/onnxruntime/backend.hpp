@@ -5,13 +5,9 @@
 #include "options.hpp"
 
 #include <memory>
-#include <string>
 
 namespace glance_trt {
 
 std::unique_ptr<Backend> make_onnxruntime(const Options &options);
-
-/// The family of this machine's CPU, such as x86_64-avx512.
-std::string cpu_family();
 
 } // namespace glance_trt

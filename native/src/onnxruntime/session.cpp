@@ -91,7 +91,7 @@ Session::Session(std::shared_ptr<const Library> library, std::string name, const
 }
 
 Tensors Session::run(const Tensors &inputs) const {
-    check_inputs(name_, inputs_, inputs);
+    check_inputs(name_, inputs_, specs_of(inputs));
     try {
         std::vector<Owned<OrtValue>> values;
         for (const Port &port : inputs_) {

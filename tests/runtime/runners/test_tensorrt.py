@@ -188,6 +188,14 @@ def test_shapes_that_no_profile_takes_are_refused_with_those_they_take(start: Ca
         start().bind({"latents": (4, 8, 8), "timestep": ()})
 
 
+def test_shapes_that_only_different_profiles_take_are_refused(
+    start: Callable[..., TensorRTEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RANGES[1], "timestep", ((1,), (1,), (1,)))
+    with pytest.raises(InputError, match="none of its optimization profiles takes these shapes together"):
+        start().bind({"latents": (2, 4, 8, 8), "timestep": (1,)})
+
+
 def test_a_run_sets_every_address_and_the_shared_memory(start: Callable[..., TensorRTEngine], journal: Journal) -> None:
     binding = start().bind(SHAPES)
     journal.clear()

@@ -1,0 +1,3 @@
+// See ../NvInferRuntime.h
+#pragma once
+#include "../NvInferRuntime.h"
