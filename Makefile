@@ -42,7 +42,7 @@ test: lint ## Lint, check types, and run every test but those of native/
 native: $(TEST) ## Build the native runtime and run its tests; what it needs is in docs/embedding.md
 	@$(BIN)/pytest tests/native
 
-native-soak: ## Sanitizers, threads and fuzzers over the native runtime: some 40 minutes; needs clang
+native-soak: ## Sanitizers, threads and fuzzers over the native runtime: some 20 minutes; needs clang
 	native/scripts/soak.sh build/soak
 
 lint: $(TEST) ## Lint and check types

@@ -50,14 +50,11 @@ class Style:
     outlined: bool = False
 
 
-def _at_night(palette: dict[str, Rgb]) -> dict[str, Rgb]:
-    return {name: (round(0.55 * r), round(0.55 * g), round(0.65 * b) + 35) for name, (r, g, b) in palette.items()}
-
-
 STYLES = {
     "plain": Style(COLOURS, BACKGROUNDS),
     "outlined": Style(COLOURS, BACKGROUNDS, outlined=True),
-    "night": Style(_at_night(COLOURS), _at_night(BACKGROUNDS)),
+    # Other colours are no choice: the autoencoder knows these alone, and makes the nearest one of any other.
+    "night": Style(COLOURS, dict.fromkeys(BACKGROUNDS, BACKGROUNDS["black"])),
 }
 PLAIN = STYLES["plain"]
 

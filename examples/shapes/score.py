@@ -134,7 +134,8 @@ def score(image: NDArray[np.uint8], scene: Scene, style: Style = PLAIN) -> dict[
             if scene.second:
                 marks["relation"] = _holds(str(scene.relation), found[0], found[1])
             best = max(best, marks, key=lambda m: sum(m.values()))
-    marks = {"count": len(reading.objects) == len(wanted), "background": reading.background == scene.background, **best}
+    ground = style.backgrounds[reading.background] == style.backgrounds[scene.background]  # at night all are one
+    marks = {"count": len(reading.objects) == len(wanted), "background": ground, **best}
     return marks | {"all": all(marks.values())}
 
 

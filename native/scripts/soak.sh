@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long part of the native tests: soak.sh FOLDER [SECONDS], for each fuzzer so long (600), in all some 40 minutes.
+# The long part of the native tests: soak.sh FOLDER [SECONDS], for each fuzzer so long (600), in all some 20 minutes on two cores.
 # Everything is built in FOLDER, which keeps the fuzzers' corpora. Needs what the library needs, and clang.
 set -euo pipefail
 native=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -8,7 +8,7 @@ mkdir -p "$folder"
 
 built() { # FOLDER OPTION...
   cmake -S "$native" -B "$folder/$1" -DCMAKE_BUILD_TYPE=RelWithDebInfo "${@:2}" > "$folder/$1.log"
-  cmake --build "$folder/$1" --parallel >> "$folder/$1.log"
+  cmake --build "$folder/$1" --parallel "$(nproc)" >> "$folder/$1.log"
 }
 
 echo '10,000 images or more under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -21,7 +21,7 @@ echo '8 threads for 60 seconds under ThreadSanitizer'
 built thread -DGLANCE_SANITIZE=thread
 "$folder/thread/tests/glance_soak" 60 8
 
-echo "$seconds seconds of each fuzzer"
+echo "$seconds seconds of each fuzzer, side by side"
 built fuzz -DGLANCE_FUZZ=ON -DGLANCE_TESTS=OFF -DCMAKE_CXX_COMPILER=clang++
 mkdir -p "$folder/corpus"/{manifest,model,tokenizer}
 for bundle in "$native"/../out/*.bundle; do
@@ -30,7 +30,16 @@ for bundle in "$native"/../out/*.bundle; do
   cp "$bundle/decoder.float32.onnx" "$folder/corpus/model/"
 done
 { printf 'a red star\0'; cat "$native/../examples/shapes/model/tokenizer/tokenizer.json"; } > "$folder/corpus/tokenizer/clip"
+running=()
 for name in manifest model tokenizer; do
-  "$folder/fuzz/fuzz/glance_fuzz_$name" -max_total_time="$seconds" -max_len=100000 -timeout=60 -verbosity=0 "$folder/corpus/$name"
-  echo "$name: $(find "$folder/corpus/$name" -type f | wc -l) inputs that reach something new, none that crashes"
+  "$folder/fuzz/fuzz/glance_fuzz_$name" -max_total_time="$seconds" -max_len=100000 -timeout=60 -verbosity=0 \
+    -print_final_stats=1 -artifact_prefix="$folder/$name-" "$folder/corpus/$name" > "$folder/$name.log" 2>&1 &
+  running+=($!)
+done
+for process in "${running[@]}"; do
+  wait "$process" || { tail -n 30 "$folder"/{manifest,model,tokenizer}.log; exit 1; }
+done
+for name in manifest model tokenizer; do
+  tried=$(sed -n 's/^stat::number_of_executed_units: *//p' "$folder/$name.log")
+  echo "$name: $tried inputs, $(find "$folder/corpus/$name" -type f | wc -l) that reach something new, none that crashes"
 done

@@ -28,6 +28,7 @@ from PIL import Image
 from glance_trt.runtime.pipeline import Pipeline
 
 from .abi import Library
+from .making import make
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPT = "a large red circle on a white background"
@@ -37,18 +38,6 @@ PATIENCE = 120  # seconds, on a machine that has much else to do
 def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
     words = [str(item) for item in command]
     return subprocess.run(words, env=os.environ | more, capture_output=True, text=True, check=False)
-
-
-def make(source: Path, folder: Path, *options: str) -> str:
-    """Build a project, or skip what needs it where the machine lacks something; returns what CMake said."""
-    configured = run("cmake", "-S", source, "-B", folder, *options)
-    lacking = [line.strip() for line in configured.stderr.splitlines() if re.search("could not find", line, re.I)]
-    if configured.returncode and lacking:
-        pytest.skip(f"{source.name}: {lacking[0]}")
-    assert configured.returncode == 0, configured.stderr
-    built = run("cmake", "--build", folder)
-    assert built.returncode == 0, built.stdout + built.stderr
-    return configured.stdout
 
 
 def pixels_of(png: bytes | Path) -> NDArray[np.uint8]:
@@ -250,8 +239,6 @@ def test_a_port_that_is_taken_is_refused(program: Path, tiny_bundle: Path, onnxr
 @pytest.fixture(scope="module")
 def embed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program with this Python inside."""
-    if shutil.which("cmake") is None:
-        pytest.skip("the example needs cmake to be built")
     folder = tmp_path_factory.mktemp("embed")
     make(EXAMPLES / "embed_python", folder, f"-DPython_EXECUTABLE={sys.executable}")
     return folder / "embed"

@@ -1,8 +1,9 @@
 #include "tokenizing/charsmap.hpp"
 
+#include "tokenizing/icu.hpp"
+
 #include <openssl/evp.h>
 #include <unicode/brkiter.h>
-#include <unicode/unistr.h>
 
 namespace glance_trt {
 namespace {
@@ -69,8 +70,7 @@ Characters Charsmap::normalized(const Characters &text) const {
     if (U_FAILURE(status)) {
         throw Mismatch(std::string("ICU's data is missing (") + u_errorName(status) + ")");
     }
-    const auto units = icu::UnicodeString::fromUTF32(reinterpret_cast<const UChar32 *>(text.points.data()),
-                                                     static_cast<std::int32_t>(text.size()));
+    const icu::UnicodeString units = to_icu(text.points);
     graphemes->setText(units);
     Characters result;
     std::size_t begin = 0;

@@ -1,6 +1,7 @@
 #include "tokenizing/normalizer.hpp"
 
 #include "tokenizing/charsmap.hpp"
+#include "tokenizing/icu.hpp"
 #include "tokenizing/pattern.hpp"
 #include "tokenizing/read.hpp"
 
@@ -8,17 +9,11 @@
 
 #include <unicode/locid.h>
 #include <unicode/normalizer2.h>
-#include <unicode/unistr.h>
 
 namespace glance_trt {
 namespace {
 
 constexpr char32_t first_composed = 0x300; // all below are their own normal form, and compose with nothing before them
-
-icu::UnicodeString to_icu(std::u32string_view points) {
-    return icu::UnicodeString::fromUTF32(reinterpret_cast<const UChar32 *>(points.data()),
-                                         static_cast<std::int32_t>(points.size()));
-}
 
 std::u32string from_icu(const icu::UnicodeString &text) {
     std::u32string result;

@@ -2,6 +2,7 @@
 
 #include "error.hpp"
 #include "text.hpp"
+#include "tokenizing/icu.hpp"
 #include "tokenizing/read.hpp"
 
 #include <unicode/regex.h>
@@ -85,8 +86,7 @@ Pattern Pattern::read(const Node &node) {
 }
 
 std::vector<Pattern::Match> Pattern::matches(std::u32string_view text) const {
-    const auto *points = reinterpret_cast<const UChar32 *>(text.data());
-    const auto units = icu::UnicodeString::fromUTF32(points, static_cast<std::int32_t>(text.size()));
+    const icu::UnicodeString units = to_icu(text);
     std::vector<std::size_t> place(static_cast<std::size_t>(units.length()) + 1, text.size()); // by UTF-16 unit
     for (std::size_t i = 0, unit = 0; i < text.size(); ++i) {
         place[unit] = i;
