@@ -79,6 +79,8 @@ def make(work: Path, channels: tuple[int, ...]) -> dict[str, Any]:
         "model_index.json": {
             "_class_name": "StableDiffusionPipeline",
             "text_encoder": ["transformers", "CLIPTextModel"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
         },
         "text_encoder/config.json": {"hidden_size": 768, "max_position_embeddings": 77},
         "vae/config.json": {"block_out_channels": [128, 256, 512, 512]},
@@ -89,7 +91,7 @@ def make(work: Path, channels: tuple[int, ...]) -> dict[str, Any]:
 
     def random(*shape: int) -> weights.Fused:
         ref = weights.TensorRef(Path(), "F16", shape, 0, 2 * torch.Size(shape).numel())
-        return weights.Fused(ref, lambda: torch.randn(shape).mul_(0.02).half())
+        return weights.Fused(ref, lambda: [torch.randn(shape).mul_(0.02).half()])
 
     shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
     path = model / "unet/diffusion_pytorch_model.safetensors"

@@ -222,7 +222,7 @@ def _write_loras(work: Path, large: Large, shapes: Mapping[str, tuple[int, ...]]
 
     def random(*shape: int) -> weights.Fused:
         ref = weights.TensorRef(Path(), "BF16", shape, 0, 2 * math.prod(shape))
-        return weights.Fused(ref, lambda: torch.randn(shape).mul_(0.02).bfloat16())
+        return weights.Fused(ref, lambda: [torch.randn(shape).mul_(0.02).bfloat16()])
 
     layers = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
     for phase in large.recipe.phases:

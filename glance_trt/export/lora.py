@@ -10,13 +10,13 @@ import math
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glance_trt.errors import LoraError, ModelError
-from glance_trt.export import lora_keys, lora_layouts
+from glance_trt.export import lora_keys, lora_layouts, pickles
 from glance_trt.export.lora_keys import DENOISER, Module
 from glance_trt.export.weights import Fused, TensorRef, read_header
 
@@ -125,6 +125,8 @@ def read(
         raise LoraError(f"{path}: a folder; expected a .safetensors file")
     if not path.is_file():
         raise LoraError(f"{path}: no such LoRA file; train one with: glance-trt distill RECIPE")
+    if path.suffix in pickles.SUFFIXES:
+        raise LoraError(str(pickles.refused(path, pickles.converted(path))))
     try:
         tensors, metadata = read_header(path)
     except ModelError as error:
@@ -218,16 +220,16 @@ def fused(base: TensorRef, pair: Pair) -> Fused:
     precision it merges less exactly: it rounds the update to half precision, and the sum once more.
     """
 
-    def compute() -> torch.Tensor:
+    def blocks() -> Iterator[torch.Tensor]:
         up, down = pair.up.read().float().flatten(1), pair.down.read().float().flatten(1)
-        weight = base.read()
-        rows = weight.view(len(weight), -1)
-        for block in range(0, len(rows), _ROWS):
-            part = slice(block, block + _ROWS)
-            rows[part] = (up[part] @ down).mul_(pair.scale).add_(rows[part])
-        return weight
+        start = 0
+        for rows in base.read_rows(_ROWS):
+            part = slice(start, start + len(rows))
+            rows[:] = (up[part] @ down).mul_(pair.scale).add_(rows)
+            yield rows
+            start = part.stop
 
-    return Fused(base, compute)
+    return Fused(base, blocks)
 
 
 def _declared(path: Path, metadata: Mapping[str, str]) -> dict[str, _Declared]:

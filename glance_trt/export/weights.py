@@ -11,8 +11,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,28 @@ class TensorRef:
         """The tensor, in its stored dtype; the caller owns it."""
         import torch
 
-        data = bytearray(self.read_bytes())
-        if not self.length:
-            return torch.empty(self.shape, dtype=torch_dtype(self.dtype))
-        return torch.frombuffer(data, dtype=torch_dtype(self.dtype)).view(self.shape)
+        value = torch.empty(self.shape, dtype=torch_dtype(self.dtype))
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            _fill(file, value)
+        return value
+
+    def read_rows(self, count: int) -> Iterator[torch.Tensor]:
+        """Its rows [n, columns] in order, at most `count` at a time, in one buffer: a block is overwritten by the next.
+
+        A weight's pages of memory take longer to be had than its values to be computed, so large ones are not read
+        whole.
+        """
+        import torch
+
+        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        buffer = torch.empty((min(count, rows), columns), dtype=torch_dtype(self.dtype))
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            for start in range(0, rows, count):
+                block = buffer[: min(count, rows - start)]
+                _fill(file, block)
+                yield block
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,10 @@ class Computed(TensorRef):
     def read(self) -> torch.Tensor:
         """See `TensorRef.read`."""
         return self.compute()
+
+    def read_rows(self, count: int) -> Iterator[torch.Tensor]:
+        """See `TensorRef.read_rows`."""
+        yield from self.compute().flatten(1).split(count)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -117,6 +140,22 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: not a readable safetensors file: {error}") from None
     return tensors, metadata
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def _fill(file: FileIO, tensor: torch.Tensor) -> None:
+    """Read a contiguous tensor's bytes from where a file stands."""
+    target = _bytes_of(tensor)
+    while target:
+        count = file.readinto(target)
+        if not count:
+            raise ModelError(f"{file.name!s}: ended while it was read")
+        target = target[count:]
 
 
 def component_tensors(folder: Path) -> dict[str, TensorRef]:
@@ -194,10 +233,19 @@ def _sharded(index: Path) -> dict[str, TensorRef]:
 
 @dataclass(frozen=True)
 class Fused:
-    """A tensor that is computed when it is written; its dtype and shape are those of `base`."""
+    """A tensor that is computed when it is written; its dtype and shape are those of `base`.
+
+    blocks: its values in order, in any shapes; a block may be overwritten by the next.
+    """
 
     base: TensorRef
-    compute: Callable[[], torch.Tensor]
+    blocks: Callable[[], Iterable[torch.Tensor]]
+
+    def read(self) -> torch.Tensor:
+        """The tensor, whole."""
+        import torch
+
+        return torch.cat([block.flatten().clone() for block in self.blocks()]).view(self.base.shape)
 
 
 def write(
@@ -237,10 +285,8 @@ def write(
 
 def _blocks(tensor: TensorRef | Fused) -> Iterable[bytes | memoryview]:
     if isinstance(tensor, (Fused, Computed)):
-        import torch
-
-        value = tensor.compute().contiguous().view(-1)
-        yield memoryview(value.view(torch.uint8).numpy())
+        for block in tensor.blocks() if isinstance(tensor, Fused) else [tensor.read()]:
+            yield _bytes_of(block.contiguous())
         return
     with open(tensor.file, "rb") as source:
         source.seek(tensor.offset)

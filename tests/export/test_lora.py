@@ -271,6 +271,17 @@ def test_a_truncated_file_is_refused(diffusers_file: Path, unet_weights: Refs, t
         lora.read(path, unet_weights)
 
 
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+def test_a_pickle_is_refused_with_the_command_that_converts_it(
+    suffix: str, diffusers_file: Path, unet_weights: Refs, tmp_path: Path
+) -> None:
+    path = tmp_path / f"x{suffix}"
+    torch.save(load_file(diffusers_file), path)
+    message = rf"x\{suffix}: weights in a pickle, .* convert it:\n  python -c .*x\.safetensors$"
+    with pytest.raises(LoraError, match=message):
+        lora.read(path, unet_weights)
+
+
 def test_a_folder_is_no_lora(unet_weights: Refs, tmp_path: Path) -> None:
     with pytest.raises(LoraError, match=r"a folder; expected a \.safetensors file"):
         lora.read(tmp_path, unet_weights)

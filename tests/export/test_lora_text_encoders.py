@@ -115,7 +115,7 @@ def _check(weights: Mapping[str, TensorRef], pairs: Mapping[str, lora.Pair], exp
     """Every weight is what is expected, those that the LoRA names by fusing, the others as they are."""
     assert pairs.keys() == {name for name, ref in weights.items() if not torch.equal(ref.read(), expected[name])}
     for name, pair in pairs.items():
-        value = lora.fused(weights[name], pair).compute()
+        value = lora.fused(weights[name], pair).read()
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
