@@ -73,7 +73,8 @@ def build(
     `output` that was not there.
     """
     plan, folder = recipe.load(recipe_name)
-    wanted = targets.load_all(engines or plan.engines)
+    beside = [str(folder / name) if (folder / name).is_file() else name for name in plan.engines]
+    wanted = targets.load_all(engines or beside)
     check_buildable(wanted)
     with writing(output), recipe.naming(recipe_name):
         _check_phase_names(plan)

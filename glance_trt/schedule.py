@@ -224,6 +224,9 @@ class _Euler(_Diffusion):
         return -2 * np.log(levels)
 
 
+_OVERFLOW = 709  # exp of more is no float64
+
+
 @dataclass(frozen=True)
 class _FlowMatch:
     """Euler steps over the flow-matching velocity ``noise - image``; a level is a sigma from 1 (noise) to 0."""
@@ -249,7 +252,8 @@ class _FlowMatch:
         sigmas = self.own(steps) if self.own_sigmas else np.linspace(1.0, 1 / steps, steps).astype(np.float32)
         if self.use_dynamic_shifting:
             mu = self.mu(image_tokens)
-            factor = math.exp(mu) if self.time_shift_type == "exponential" else mu
+            exponential = self.time_shift_type == "exponential"
+            factor = mu if not exponential else math.exp(mu) if mu < _OVERFLOW else math.inf
             sigmas = factor / (factor + (1 / sigmas - 1))
         else:
             sigmas = self.shifted(sigmas)

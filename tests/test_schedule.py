@@ -403,6 +403,7 @@ REFUSED_CONFIGS = [
         {**DDIM, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
         "scheduler.prediction_type: epsilon says nothing about the image at zero terminal SNR",
     ),
+    ({**FLUX, "max_shift": 1e6}, "scheduler: step 1 of 50 has noise level nan .* check the betas or shifts"),
     ({**QWEN, "base_shift": None}, "use_dynamic_shifting needs base_shift and max_shift"),
 ]
 

@@ -62,6 +62,6 @@ def compare(
         family, small = inputs.family.reduced(guides)
         kinds = {name.partition(".")[0]: dtype for name, dtype in dtypes.items()}
         results += large.check_reduced(family, small, oversized, kinds, progress=progress)
-    if "denoiser" in oversized:
-        results += large.check_fused(folder, inputs.tensors["denoiser"], inputs.loras)
+        changes = {graph: pairs for graph, pairs in inputs.changes().items() if graph.partition(".")[0] in oversized}
+        results += large.check_fused(inputs.family, folder, inputs.tensors, changes)
     return results

@@ -116,7 +116,12 @@ def _download(
         raise _incomplete(repository, missing[0] if is_offline_mode() else unknown[0])
     stage, total, done, finished = f"download {repository}", sum(sizes[name] for name in missing), 0, 0
     if total > (free := shutil.disk_usage(folder).free):
-        raise _full(repository, f"it takes {total / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free")
+
+        def lacking(name: str) -> bool:  # not there for another commit either; asking takes a request for each file
+            return hf_hub_download(repository, name, revision=folder.name, dry_run=True).will_download
+
+        if (needed := sum(sizes[name] for name in missing if lacking(name))) > free:
+            raise _full(repository, f"it takes {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free")
 
     def report(size: float) -> None:
         nonlocal done

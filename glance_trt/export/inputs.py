@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,11 @@ class Inputs:
     def graphs(self, kind: str) -> list[str]:
         """The names of the graphs that a component makes."""
         return [f"{kind}.{phase.name}" for phase in self.recipe.phases] if kind == "denoiser" else [kind]
+
+    def changes(self) -> dict[str, Mapping[str, Pair]]:
+        """What LoRAs change, by graph and weight; graphs that none changes are left out."""
+        phases = {f"denoiser.{phase}": item.pairs for phase, item in self.loras.items() if item and item.pairs}
+        return {**phases, **self.encoders}
 
     def components(self) -> dict[str, Component]:
         """How large the model's components are, less guides, and with the tensors that no graph uses."""

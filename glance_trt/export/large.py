@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from glance_trt.errors import ParityError
 from glance_trt.export import parity, trace
-from glance_trt.export.families import Family
+from glance_trt.export.families import Family, stored
 from glance_trt.export.guide import GuideFile
-from glance_trt.export.lora import Lora, Pair
+from glance_trt.export.lora import Pair
 from glance_trt.export.model import Model
 from glance_trt.export.parity import LIMIT, Parity
 from glance_trt.export.source import Source
@@ -30,7 +30,7 @@ from glance_trt.progress import Progress, silent
 from glance_trt.runtime.runners import Runner
 
 SAMPLES = 8
-"""Fused tensors of each phase that are checked, besides the largest."""
+"""Fused tensors of each file that are checked, besides the largest."""
 
 
 def oversized(tensors: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, str]:
@@ -82,25 +82,38 @@ def check_reduced(
     return results
 
 
-def check_fused(folder: Path, tensors: Mapping[str, TensorRef], loras: Mapping[str, Lora | None]) -> list[Parity]:
-    """Compare samples of each phase's fused weights with ``W + scale * up @ down`` from the model and the LoRA.
+def check_fused(
+    family: Family,
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, TensorRef]],
+    changes: Mapping[str, Mapping[str, Pair]],
+) -> list[Parity]:
+    """Compare samples of fused weights with ``W + scale * up @ down`` from the model and the LoRA.
 
-    folder: that of ``denoiser.<phase>.safetensors``. tensors: the base model's. Which ones are sampled is always the
-    same for a LoRA. Raises `ParityError` for any value that is not the result of float32 arithmetic, rounded once.
+    folder: that of the weights files, ``denoiser.<phase>.safetensors`` and ``text_encoder.safetensors``. tensors: the
+    base model's, by component. changes: what is fused, by graph and by the weight's name in the base model. Which ones
+    are sampled is always the same for a LoRA. Raises `ParityError` for any value that is not the result of float32
+    arithmetic, rounded once, and for a weight that the file lacks.
     """
-    results = []
-    for phase, item in loras.items():
-        if item is None or not item.pairs:
+    results, sources = [], family.sources()
+    for graph, pairs in changes.items():
+        kind, file = graph.partition(".")[0], f"{graph}.safetensors"
+        base = tensors[kind]
+        known = stored(family, trace.parameter_names(sources[kind]), {name: name for name in base}, folder)
+        names = {name: other for name, other in sorted(known.items()) if other in pairs}
+        if not names:  # a text encoder's graph may leave out the last layer
             continue
-        file = f"denoiser.{phase}.safetensors"
-        written, names = read_header(folder / file)[0], sorted(item.pairs)
-        largest = max(names, key=lambda name: tensors[name].length)
-        for name in sorted({largest, *random.Random(0).sample(names, min(SAMPLES, len(names)))}):
-            wrong = _wrong(written[name].read(), tensors[name].read(), item.pairs[name])
+        written = read_header(folder / file)[0]
+        if lacking := names.keys() - written.keys():
+            raise ParityError(f"{file}: lacks {min(lacking)}, which a LoRA changes; build the bundle again")
+        largest = max(names, key=lambda name: written[name].length)
+        for name in sorted({largest, *random.Random(0).sample(list(names), min(SAMPLES, len(names)))}):
+            ref, pair = base[names[name]], pairs[names[name]]
+            wrong = _wrong(written[name].read(), ref.read(), pair)
             if wrong:
                 raise ParityError(
-                    f"{file}: {wrong} values of {name} are not the model's plus the update of {item.file}, rounded "
-                    f"once to {tensors[name].dtype}; build the bundle again"
+                    f"{file}: {wrong} values of {name} are not the model's plus the update of {pair.down.file}, "
+                    f"rounded once to {ref.dtype}; build the bundle again"
                 )
         results.append(Parity(file, 0.0, 0.0))
     return results

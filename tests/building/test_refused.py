@@ -118,12 +118,22 @@ def test_a_target_that_cannot_be_built_says_which_can(home: Home) -> None:
         TargetError, match=r"target half: ONNX Runtime engines compute in float32.* Buildable here: .*cpu"
     ):
         home.build(engines=[str(half)])
+    home.write(engines=["half.yaml"])  # relative to the recipe, as all that it names
+    with pytest.raises(TargetError, match=r"target half: ONNX Runtime engines compute in float32"):
+        home.build()
     with pytest.raises(RecipeError, match=r"no: no such file, and no shipped target of that name \(cpu, .*rtx"):
         home.build(engines=["no"])
     half.write_text("name: cpu\nbackend: onnxruntime\n")
     with pytest.raises(RecipeError, match=r"half\.yaml: a second target of the name 'cpu'"):
         home.build(engines=["cpu", "cpu", str(half)])
     assert not home.output.parent.exists()
+
+
+def test_a_target_that_cannot_be_built_is_named_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT's own checks name it too."""
+    monkeypatch.setattr("glance_trt.engines.backends.unavailable", lambda target: f"target {target.name}: no 9.0")
+    with pytest.raises(TargetError, match=r"^target cpu: no 9\.0\. Buildable here: none of the shipped targets$"):
+        home.build()
 
 
 def test_what_the_recipe_names_must_be_there(home: Home, tiny_model: Path) -> None:

@@ -321,12 +321,24 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         hub_.fetch(ACME)
 
 
-def test_what_cannot_fit_is_not_begun(tmp_path: Path) -> None:
-    sizes = {"unet/diffusion_pytorch_model.safetensors": 10**17}
+def test_what_cannot_fit_is_not_begun(hub: Hub, fetch: Callable[..., Path], tmp_path: Path) -> None:
+    hub.sizes = {WEIGHTS[1]: 10**17}
     with pytest.raises(
-        ModelError, match=rf"^{ACME}: does not fit .*\(it takes 100000000\.0 GB more, and \d+\.\d GB are free\)"
+        ModelError,
+        match=rf"^{ACME}: does not fit on the disk of the Hub's cache, {tmp_path}/home/hub \(it takes 100000000\.0 GB "
+        r"more, and \d+\.\d GB are free\); free some space, or set HF_HOME to a folder on a larger disk$",
     ):
-        hub_._download(ACME, tmp_path, list(sizes), sizes, silent)
+        fetch(ACME)
+    assert hub.downloaded() == SMALL
+
+
+def test_what_the_cache_has_for_another_commit_takes_no_space(hub: Hub, fetch: Callable[..., Path]) -> None:
+    before = fetch(ACME)
+    hub.repositories[ACME].files["README.md"] = b"# tiny, and new"
+    hub.sizes = {WEIGHTS[1]: 10**17}
+    folder = fetch(ACME)
+    assert folder != before
+    assert present(folder) == sorted(SMALL + WEIGHTS)
 
 
 @pytest.mark.parametrize("text", ["acme/tiny", "stabilityai/stable-diffusion-2-1-base", "a/b_c.d"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ from safetensors.torch import load_file, save_file
 from glance_trt.engines import onnxruntime
 from glance_trt.errors import ParityError
 from glance_trt.export import fuse, guide, large, lora, parity, weights
+from glance_trt.export import inputs as inputs_
+from glance_trt.export.compare import compare
+from glance_trt.export.exporter import export
+from glance_trt.export.families import Family, open_model, stored
 from glance_trt.export.families.stable_diffusion import StableDiffusion
 from glance_trt.export.guide import GuideFile
 from glance_trt.export.model import Model
+from glance_trt.export.trace import parameter_names
 from glance_trt.export.weights import TensorRef, read_header
-from glance_trt.recipe import Recipe
+from glance_trt.recipe import Lora, Phase, Recipe
 from glance_trt.runtime.runners import Runner
 from glance_trt.runtime.runners.onnxruntime import OnnxRuntimeRunner
+from glance_trt.staging import Staging
+
+from ..models import sdxl
 
 TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -58,7 +67,11 @@ def full_size(tmp_path: Path, make_recipe: Callable[..., Recipe]) -> StableDiffu
     for part, config in CONFIGS.items():
         (tmp_path / "large" / part).mkdir(parents=True)
         (tmp_path / "large" / part / "config.json").write_text(json.dumps(config))
-    index = {"text_encoder": ["transformers", "CLIPTextModel"]}
+    index = {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
     (tmp_path / "large" / "model_index.json").write_text(json.dumps(index))
     return StableDiffusion(Model(tmp_path / "large", "large"), make_recipe())
 
@@ -139,6 +152,13 @@ def loras(tmp_path: Path, tiny_model: Path, unet_weights: dict[str, TensorRef], 
     return {"slow": lora.read(file, unet_weights), "fast": None}
 
 
+@pytest.fixture
+def check(family: Family, tmp_path: Path, loras: dict[str, Any]) -> Callable[..., list[parity.Parity]]:
+    """`check_fused` of the phase slow, over a base of the test's own."""
+    changes = {"denoiser.slow": loras["slow"].pairs}
+    return lambda base: large.check_fused(family, tmp_path, {"denoiser": base}, changes)
+
+
 def _in(dtype: torch.dtype, tensors: Mapping[str, TensorRef], file: Path) -> dict[str, TensorRef]:
     save_file({name: ref.read().to(dtype) for name, ref in tensors.items()}, file)
     return read_header(file)[0]
@@ -146,12 +166,12 @@ def _in(dtype: torch.dtype, tensors: Mapping[str, TensorRef], file: Path) -> dic
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_fused_weights_pass_and_so_do_those_that_peft_merges(
-    dtype: torch.dtype, unet_weights: Any, loras: Any, tiny_model: Path, tmp_path: Path
+    dtype: torch.dtype, unet_weights: Any, loras: Any, tiny_model: Path, tmp_path: Path, check: Any
 ) -> None:
     base = _in(dtype, unet_weights, tmp_path / "base.safetensors")
     contents = fuse.plan(base, loras)
     weights.write(tmp_path / "denoiser.slow.safetensors", contents["denoiser.slow.safetensors"])
-    assert large.check_fused(tmp_path, base, loras) == [parity.Parity("denoiser.slow.safetensors", 0.0, 0.0)]
+    assert check(base) == [parity.Parity("denoiser.slow.safetensors", 0.0, 0.0)]
 
     unet = UNet2DConditionModel.from_pretrained(tiny_model / "unet", torch_dtype=torch.float32)
     unet.load_state_dict({name: ref.read().float() for name, ref in base.items()})
@@ -162,11 +182,16 @@ def test_fused_weights_pass_and_so_do_those_that_peft_merges(
     unet.unload_lora()
     merged = {name: unet.state_dict()[name].to(dtype) for name in loras["slow"].pairs}
     save_file(merged, tmp_path / "denoiser.slow.safetensors")
-    large.check_fused(tmp_path, base, loras)
+    check(base)
+    save_file(dict(list(merged.items())[1:]), tmp_path / "denoiser.slow.safetensors")
+    with pytest.raises(ParityError, match=rf"^denoiser\.slow\.safetensors: lacks {next(iter(merged))}, which a LoRA"):
+        check(base)
 
 
 @pytest.mark.parametrize("mistake", ["one bit", "scale", "half precision", "not a number", "base"])
-def test_a_wrong_value_is_found(mistake: str, unet_weights: Any, loras: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_wrong_value_is_found(
+    mistake: str, unet_weights: Any, loras: Any, tmp_path: Path, check: Any, monkeypatch: Any
+) -> None:
     file = tmp_path / "denoiser.slow.safetensors"
     base = _in(torch.bfloat16, unet_weights, tmp_path / "base.safetensors")
     weights.write(file, fuse.plan(base, loras)[file.name])
@@ -193,4 +218,45 @@ def test_a_wrong_value_is_found(mistake: str, unet_weights: Any, loras: Any, tmp
         rf"denoiser\.slow\.safetensors: {count} values of {name} are not .*slow\.safetensors, rounded once to BF16"
     )
     with pytest.raises(ParityError, match=message):
-        large.check_fused(tmp_path, base, loras)
+        check(base)
+
+
+@pytest.mark.parametrize("graph", ["text_encoder", "denoiser.slow"])
+def test_a_build_s_comparison_reads_what_was_fused_into_each_component_too_large_to_be_loaded(
+    graph: str, tiny_model: Path, write_lora: Any, make_recipe: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    write_lora(tmp_path / "slow.safetensors", text=True)
+    phases = (Phase("slow", (1, 25), Lora("slow.safetensors")), Phase("fast", (50,)))
+    inputs = inputs_.read(replace(make_recipe(model=str(tiny_model)), phases=phases), tmp_path)
+    graphs = export(inputs, tmp_path / "x.bundle", None, ["float32"]).graphs
+    folder = Staging(tmp_path / "x.bundle").folder
+    monkeypatch.setattr(large, "oversized", lambda _: {graph.partition(".")[0]: "F16"})
+    files = {name: item.files["float32"] for name, item in graphs.items()}
+    found = compare(inputs, folder, files, dict.fromkeys(files, "float32"))
+    assert found[-1] == parity.Parity(f"{graph}.safetensors", 0.0, 0.0)
+
+    fused = load_file(folder / f"{graph}.safetensors")
+    for name in inputs.changes()[graph]:
+        fused[name] = inputs.tensors[graph.partition(".")[0]][name].read()
+    save_file(fused, folder / f"{graph}.safetensors")
+    with pytest.raises(ParityError, match=rf"^{graph}\.safetensors: \d+ values .*slow\.safetensors, rounded once"):
+        compare(inputs, folder, files, dict.fromkeys(files, "float32"))
+
+
+def test_a_layer_that_a_text_encoder_s_graph_leaves_out_is_not_asked_for(tmp_path: Path, make_recipe: Any) -> None:
+    """SDXL reads the last but one of the hidden states."""
+    folder = sdxl.make(tmp_path / "model")
+    model = open_model(Model(folder, "sdxl"), make_recipe())
+    base = model.model.tensors("text_encoder")
+    names = [name for name in base if "q_proj.weight" in name]
+    shapes = {"down": (2, 16), "up": (16, 2)}
+    random = {f"{name}.{part}": torch.randn(shape) for name in names for part, shape in shapes.items()}
+    save_file(random, tmp_path / "x.safetensors")
+    factors = read_header(tmp_path / "x.safetensors")[0]
+    pairs = {name: lora.Pair(factors[f"{name}.down"], factors[f"{name}.up"], 0.5, None) for name in names}
+    tensors = {**base, **{name: lora.fused(base[name], pair) for name, pair in pairs.items()}}
+    written = stored(model, parameter_names(model.sources()["text_encoder"]), tensors, folder)
+    assert 0 < len(written.keys() & pairs.keys()) < len(pairs)
+    weights.write(tmp_path / "text_encoder.safetensors", written)
+    changes = {"text_encoder": pairs}
+    assert large.check_fused(model, tmp_path, {"text_encoder": base}, changes)

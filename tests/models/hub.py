@@ -42,13 +42,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
 class Hub:
     """Serves while it is open, as a context manager. requests: method, path and Range of each that is for a model.
 
-    lost: files that are listed and not there. breaks: at which byte of a file the connection ends, in order.
+    lost: files that are listed and not there. breaks: at which byte of a file the connection ends, in order. sizes: of
+    files, bytes, that are listed in place of their own.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
     breaks: dict[str, list[int]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> Hub:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -101,8 +103,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send({"id": match[1], "sha": repository.commit, "siblings": []})
         elif api:
             entries = [
-                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                {"type": "file", "path": name, "size": size, "oid": hashlib.sha1(content).hexdigest()}
                 for name, content in repository.files.items()
+                for size in [self.hub.sizes.get(name, len(content))]
             ]
             self._send(entries)
         elif repository.gated:

@@ -122,6 +122,8 @@ def open_model(model: Model, recipe: Recipe) -> Family:
     """The adapter for a model. Raises `ModelError` where it is unsupported, `RecipeError` where the recipe asks what it
     cannot do."""
     found = model.index().get("_class_name")
+    if not isinstance(found, str):
+        raise ModelError(f"{model.folder}: model_index.json has no _class_name; supported: {', '.join(ADAPTERS)}")
     if found not in ADAPTERS:
         raise ModelError(f"{model.folder}: {found} is not supported; supported pipelines: {', '.join(ADAPTERS)}")
     module, _, name = ADAPTERS[found].partition(".")

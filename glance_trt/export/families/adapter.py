@@ -30,6 +30,8 @@ MAX_BATCH = 31
 counted in 32 bits); guidance doubles the batch, so 31 images are what one traced graph can promise."""
 
 _LARGEST = 4096  # latents along a side
+_NOT_READ = ("feature_extractor", "image_encoder", "safety_checker")
+"""Parts that diffusers' pipelines may have, and that have no say in an image made from a prompt."""
 
 
 class Adapter:
@@ -42,6 +44,8 @@ class Adapter:
     name: str
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     denoiser: ClassVar[str] = "transformer"
+    parts: ClassVar[Mapping[str, str | None]]
+    """Parts that each model of the family has, with their classes where others would be other models."""
     schedulers: ClassVar[Literal["diffusion", "flow matching"]] = "flow matching"
     multiple: int = 2
     takes_scale = False
@@ -53,6 +57,7 @@ class Adapter:
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
+        self._check_index()
         encoders = [part for part in self.text_encoders if model.has(part)]
         self.components = {part: part for part in encoders} | {"denoiser": self.denoiser, "decoder": "vae"}
         self.configs = {part: model.config(part) for part in dict.fromkeys(self.components.values())}
@@ -65,6 +70,19 @@ class Adapter:
             self.components["decoder"] = "decoder"
             self.tiny_decoder = model.config("decoder")
             autoencoders.check_tiny(recipe.decoder, self.tiny_decoder, self.latent_channels(), self.latent_scale())
+
+    def _check_index(self) -> None:
+        """That the pipeline has the parts that its images are made with, of the right classes, and no others."""
+        folder, found = self.model.folder, self.model.classes()
+        tokenizers = [_tokenizer_of(part) for part in self.text_encoders]
+        known = sorted({*self.parts, *self.text_encoders, *tokenizers, "scheduler"})
+        if strange := sorted(found.keys() - {*known, *_NOT_READ}):
+            raise ModelError(f"{folder}: {strange[0]} is no part of {self.name}, which has {', '.join(known)}")
+        for part, kind in self.parts.items():
+            if part not in found:
+                raise ModelError(f"{folder}: model_index.json has no {part}")
+            if kind not in (None, found[part]):
+                raise ModelError(f"{folder}: the {part} is a {found[part]}; expected a {kind}")
 
     def _check_guidance(self) -> None:
         for i, phase in enumerate(self.recipe.phases):
@@ -84,11 +102,13 @@ class Adapter:
             raise RecipeError(f"prompt_tokens: {wanted}; this model takes at most {self.most_tokens}")
 
     def files(self) -> list[Path]:
-        """See `Family.files`."""
+        """See `Family.files`. Raises `ModelError` where a tokenizer is missing."""
         parts = dict.fromkeys((*self.configs, self.components["decoder"], "scheduler"))
         configs = [self.model.config_file(part) for part in parts]
-        folders = [self.model.path(part.replace("text_encoder", "tokenizer")) for part in self.text_encoders]
-        tokenizers = [path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
+        folders = {part: self.model.path(_tokenizer_of(part)) for part in self.text_encoders}
+        if missing := [folder for part, folder in folders.items() if part in self.components and not folder.is_dir()]:
+            raise ModelError(f"{missing[0]}: missing, with its tokenizer.json")
+        tokenizers = [path for folder in folders.values() for path in sorted(folder.glob("*")) if path.is_file()]
         return [self.model.folder / "model_index.json", *configs, *tokenizers]
 
     def dtype(self, kind: str, wanted: DType) -> DType:
@@ -208,7 +228,7 @@ class Adapter:
         self, kind: str, build: Callable[[], nn.Module], outputs: Sequence[Port], length: int, *, masked: bool = False
     ) -> Source:
         """The source of a text encoder, whose tokenizer is named like it: ``text_encoder_2``, ``tokenizer_2``."""
-        tokenizer = kind.replace("text_encoder", "tokenizer")
+        tokenizer = _tokenizer_of(kind)
         inputs = [Port("input_ids", "int64", ("batch", length), f"tokens.{tokenizer}")]
         if masked:
             inputs.append(Port("attention_mask", "int64", ("batch", length), f"mask.{tokenizer}"))
@@ -259,6 +279,11 @@ class Adapter:
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"{folder}: not a readable {kind}: {error}") from None
         return TokenizerSource(found.backend_tokenizer.to_str(), max_length, found.pad_token_id, template)
+
+
+def _tokenizer_of(text_encoder: str) -> str:
+    """The part that cuts prompts for a text encoder."""
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def fitted(guides: Mapping[str, GuideFile], unet: Mapping[str, Any]) -> dict[str, GuideFile]:

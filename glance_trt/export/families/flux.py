@@ -27,6 +27,7 @@ class Flux(Adapter):
     """See `glance_trt.export.families.Family`. The two differ in whether the denoiser takes the guidance scale."""
 
     name = "flux"
+    parts: ClassVar[Mapping[str, str | None]] = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL"}
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     most_tokens = 512
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from glance_trt.bundle import DType, Port
 from glance_trt.errors import ModelError, RecipeError
@@ -30,13 +30,6 @@ DROPPED = 34
 """Tokens of it that stand before the prompt. What the text encoder makes of them is dropped."""
 
 _PROMPT_TOKENS = 512  # diffusers' default
-_PARTS = {
-    "scheduler": None,
-    "text_encoder": "Qwen2_5_VLForConditionalGeneration",
-    "tokenizer": None,
-    "transformer": "QwenImageTransformer2DModel",
-    "vae": "AutoencoderKLQwenImage",
-}
 _VARIANTS = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope", "zero_cond_t")
 
 
@@ -44,10 +37,14 @@ class QwenImage(Adapter):
     """See `glance_trt.export.families.Family`."""
 
     name = "qwen-image"
+    parts: ClassVar[Mapping[str, str | None]] = {
+        "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+        "transformer": "QwenImageTransformer2DModel",
+        "vae": "AutoencoderKLQwenImage",
+    }
     most_tokens = 1024
 
     def __init__(self, model: Model, recipe: Recipe) -> None:
-        _check_parts(model)
         if recipe.decoder:
             raise RecipeError("decoder: QwenImagePipeline takes no AutoencoderTiny; leave it out")
         if recipe.guidance.rescale:
@@ -150,14 +147,3 @@ class QwenImage(Adapter):
         """See `Family.tokenizers`."""
         length = DROPPED + self.prompt_tokens
         return {"tokenizer": self.tokenizer("tokenizer", length, template=TEMPLATE, kind="Qwen2Tokenizer")}
-
-
-def _check_parts(model: Model) -> None:
-    found = model.classes()
-    for part in sorted(found.keys() | _PARTS):
-        if part not in _PARTS:
-            raise ModelError(f"{model.folder}: {part} is no part of Qwen-Image, which has {', '.join(_PARTS)}")
-        if part not in found:
-            raise ModelError(f"{model.folder}: model_index.json has no {part}")
-        if _PARTS[part] not in (None, found[part]):
-            raise ModelError(f"{model.folder}: the {part} is a {found[part]}; expected a {_PARTS[part]}")

@@ -26,6 +26,11 @@ class StableDiffusion(Adapter):
 
     name = "stable-diffusion"
     denoiser: ClassVar[str] = "unet"
+    parts: ClassVar[Mapping[str, str | None]] = {
+        "text_encoder": None,
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+    }
     schedulers: ClassVar[Literal["diffusion", "flow matching"]] = "diffusion"
     takes_guides = True
 

@@ -29,6 +29,7 @@ class StableDiffusion3(Adapter):
     """See `glance_trt.export.families.Family`. Without the T5 encoder, zeros stand for its embeddings."""
 
     name = "stable-diffusion-3"
+    parts: ClassVar[Mapping[str, str | None]] = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
     text_encoders: ClassVar[tuple[str, ...]] = (*_CLIPS, _T5)
     most_tokens = 512
 

@@ -33,6 +33,7 @@ class StableDiffusionXL(Adapter):
     name = "stable-diffusion-xl"
     text_encoders: ClassVar[tuple[str, ...]] = tuple(_TOKENIZERS)
     denoiser: ClassVar[str] = "unet"
+    parts: ClassVar[Mapping[str, str | None]] = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     schedulers: ClassVar[Literal["diffusion", "flow matching"]] = "diffusion"
     takes_guides = True
 

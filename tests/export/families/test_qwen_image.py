@@ -420,7 +420,7 @@ def test_the_image_is_described_by_the_models_own_factors(model: Path, pipe: Qwe
         (
             "model_index.json",
             {"controlnet": ["diffusers", "QwenImageControlNetModel"]},
-            "controlnet is no part of Qwen-Image, which has scheduler, text_encoder, tokenizer, transformer, vae$",
+            "controlnet is no part of qwen-image, which has scheduler, text_encoder, tokenizer, transformer, vae$",
         ),
         ("model_index.json", {"text_encoder": [None, None]}, "model_index.json has no text_encoder$"),
         (

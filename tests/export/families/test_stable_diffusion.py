@@ -23,6 +23,7 @@ from glance_trt.export.modules import Decoder, TextEncoder, UNetStep
 from glance_trt.recipe import Guidance, Recipe
 from glance_trt.schedule import compile_schedule
 
+from ...models import parts
 from . import fidelity
 
 Make = Callable[..., Recipe]
@@ -189,6 +190,8 @@ def _without(tiny_model: Path, folder: Path, name: str, text: str | None) -> Pat
             '{"_class_name": "KolorsPipeline"}',
             "KolorsPipeline is not supported; supported pipelines: StableDiffusionPipeline",
         ),
+        ("model_index.json", "{}", "model_index.json has no _class_name; supported: StableDiffusionPipeline, "),
+        ("model_index.json", '{"_class_name": ["a"]}', "model_index.json has no _class_name; supported: "),
         ("unet/config.json", None, "unet: missing, with its config.json"),
         ("unet/config.json", '{"addition_embed_type": "text_time"}', "a UNet with class or added embeddings is not"),
         ("scheduler/scheduler_config.json", None, "scheduler: missing, with its scheduler_config.json"),
@@ -207,6 +210,39 @@ def test_a_folder_that_is_no_model_is_refused(
 
     with pytest.raises(ModelError, match=message):
         read_all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"controlnet": ["diffusers", "ControlNetModel"]},
+            "controlnet is no part of stable-diffusion, which has scheduler, text_encoder, tokenizer, unet, vae$",
+        ),
+        ({"vae": [None, None]}, "model_index.json has no vae$"),
+        ({"text_encoder": [None, None]}, "model_index.json has no text_encoder$"),
+        ({"vae": ["diffusers", "AutoencoderTiny"]}, "the vae is a AutoencoderTiny; expected a AutoencoderKL$"),
+        ({"unet": ["diffusers", "UNet3DConditionModel"]}, "the unet is a UNet3DConditionModel; expected a UNet2D"),
+    ],
+)
+def test_a_pipeline_of_other_parts_is_refused(
+    tiny_model: Path, make_recipe: Make, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    model = parts.altered(tiny_model, tmp_path, "model_index.json", **changes)
+    with pytest.raises(ModelError, match=rf"altered: {message}"):
+        open_model(Model(model, "tiny"), make_recipe())
+
+
+def test_parts_that_make_no_images_are_not_asked_for(tiny_model: Path, make_recipe: Make, tmp_path: Path) -> None:
+    changes = {"image_encoder": ["transformers", "CLIPVisionModel"], "safety_checker": ["x", "Y"]}
+    model = parts.altered(tiny_model, tmp_path, "model_index.json", **changes)
+    assert open_model(Model(model, "tiny"), make_recipe()).components.keys() == {"text_encoder", "denoiser", "decoder"}
+
+
+def test_a_missing_tokenizer_is_known_without_reading_one(tiny_model: Path, make_recipe: Make, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer"))
+    with pytest.raises(ModelError, match=r"model/tokenizer: missing, with its tokenizer\.json$"):
+        open_model(Model(tmp_path / "model", "tiny"), make_recipe()).files()
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, make_recipe: Make) -> None:
