@@ -11,14 +11,18 @@ built() { # FOLDER OPTION...
   cmake --build "$folder/$1" --parallel "$(nproc)" >> "$folder/$1.log"
 }
 
+tested() { # FOLDER OPTION...
+  built "$@"
+  ctest --test-dir "$folder/$1" --output-on-failure >> "$folder/$1.log" || { tail -n 40 "$folder/$1.log"; exit 1; }
+}
+
 echo '10,000 images or more under AddressSanitizer and UndefinedBehaviorSanitizer'
-built address -DGLANCE_SANITIZE=address,undefined
-ctest --test-dir "$folder/address" --output-on-failure --quiet
+tested address -DGLANCE_SANITIZE=address,undefined
 export ASAN_OPTIONS=quarantine_size_mb=4:thread_local_quarantine_size_kb=64 # or what was freed looks like growth
 "$folder/address/tests/glance_soak" 180 8 10000
 
 echo '8 threads for 60 seconds under ThreadSanitizer'
-built thread -DGLANCE_SANITIZE=thread
+tested thread -DGLANCE_SANITIZE=thread
 "$folder/thread/tests/glance_soak" 60 8
 
 echo "$seconds seconds of each fuzzer, side by side"
