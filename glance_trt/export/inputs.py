@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -61,7 +62,8 @@ class Inputs:
         files = sorted({ref.file for ref in self.tensors[kind].values()})
         pairs = self.encoders.get(kind, {})
         changed = {name: [pair.scale, _digest(pair.down), _digest(pair.up)] for name, pair in pairs.items()}
-        return key_of([hashing.sha256_of_file(file) for file in files], changed)
+        with ThreadPoolExecutor() as pool:  # a thread per shard
+            return key_of(list(pool.map(hashing.sha256_of_file, files)), changed)
 
     def phase_key(self, phase: str) -> str:
         """The key of what a phase changes in the denoiser's weights, and adds to them."""
