@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glance_trt import __version__, hashing, strict
-from glance_trt.export import fuse, phases
+from glance_trt.export import fuse, lora, phases
 from glance_trt.export.families import Family, from_recipe
 from glance_trt.export.lora import Lora, Pair, Rows
 from glance_trt.export.weights import Fused, TensorRef
@@ -116,6 +116,9 @@ def read(recipe: Recipe, folder: Path, progress: Progress = silent) -> Inputs:
     Raises `ModelError`, `LoraError` and `RecipeError`, and `ModuleNotFoundError` for a tool that is not installed.
     """
     tools = {name: metadata.version(name) for name in _TOOLS} | {"glance-trt": __version__}
+    for phase in recipe.phases:  # before a model of many gigabytes is downloaded
+        if phase.lora:
+            lora.check_exists(folder / phase.lora.file)
     family = from_recipe(recipe, folder, progress)
     tensors = {kind: family.model.tensors(part) for kind, part in family.components.items()}
     loras = phases.loras(recipe, folder, tensors)

@@ -166,7 +166,7 @@ def _in_one_file(recipe: Recipe, folder: Path, progress: Progress, whole: bool) 
 
 
 def _at_commit(repository: str, snapshot: Path) -> str:
-    return f"{repository}@{snapshot.name[:12]}"
+    return f"{repository}@{snapshot.name}"
 
 
 if __name__ == "__main__":

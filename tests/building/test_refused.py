@@ -140,6 +140,9 @@ def test_what_the_recipe_names_must_be_there(home: Home, tiny_model: Path) -> No
     (home.folder / "slow.safetensors").unlink()
     with pytest.raises(LoraError, match=r"slow\.safetensors: no such LoRA file"):
         home.build()
+    home.write(model="acme/large")  # nor is a model downloaded for it
+    with pytest.raises(LoraError, match=r"slow\.safetensors: no such LoRA file"):
+        home.build()
     home.write(phases=RECIPE["phases"][1:2])
     (home.folder / "model").unlink()
     shutil.copytree(tiny_model, home.folder / "model")

@@ -107,6 +107,7 @@ def test_every_shipped_target_can_be_read_and_goes_by_its_file_s_name() -> None:
         "rtx-turing",
         "tensorrt",
         "tensorrt-ampere-plus",
+        "tensorrt-bfloat16",
     }
     for file in files:
         assert targets.load(file.stem).name == file.stem

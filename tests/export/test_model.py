@@ -83,7 +83,7 @@ def test_a_model_of_the_hub_is_named_with_its_commit(
     home: Path, make_recipe: Callable[..., Recipe], fetched: list[Any]
 ) -> None:
     found = find(make_recipe(model="acme/tiny", revision="v1"), home)
-    assert found == Model(home / "snapshots" / COMMIT, "acme/tiny@0123456789ab")
+    assert found == Model(home / "snapshots" / COMMIT, f"acme/tiny@{COMMIT}")
     find(make_recipe(model="acme/tiny"), home, whole=False)
     assert fetched == [("acme/tiny", "v1", None), ("acme/tiny", None, ())]
 
@@ -103,7 +103,7 @@ def test_beside_one_file_the_hub_gives_what_it_lacks(
 ) -> None:
     recipe = make_recipe(model="unet.safetensors", config="acme/tiny", revision="v1")
     found = find(recipe, home)
-    assert found.name == "unet.safetensors with acme/tiny@0123456789ab"
+    assert found.name == f"unet.safetensors with acme/tiny@{COMMIT}"
     assert (found.folder, found.file) == (home / "snapshots" / COMMIT, home / "unet.safetensors")
     assert fetched == [
         ("acme/tiny", "v1", ()),
