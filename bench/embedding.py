@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from glance_trt.duel import run_process
+from glance_trt.duel import environment, run_process
 
 REPOSITORY = Path(__file__).parents[1]
 SEED = "7"
@@ -70,9 +70,8 @@ def build(folder: Path, library: Path) -> tuple[Path, Path]:
 
 def first_step(command: list[str], threads: int) -> float:
     """Seconds from a process's start until it has written to its standard error that a step is done."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     start = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, bufsize=0) as child:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment(threads), bufsize=0) as child:
         assert child.stderr is not None
         written = b""
         while STEP not in written:

@@ -73,8 +73,7 @@ def build(
     `output` that was not there.
     """
     plan, folder = recipe.load(recipe_name)
-    beside = [str(folder / name) if (folder / name).is_file() else name for name in plan.engines]
-    wanted = targets.load_all(engines or beside)
+    wanted = targets.load_all(engines) if engines else targets.load_all(plan.engines, folder)
     check_buildable(wanted)
     with writing(output), recipe.naming(recipe_name):
         _check_phase_names(plan)

@@ -109,7 +109,6 @@ def check_buildable(wanted: Sequence[Target]) -> None:
         if reason := backends.unavailable(target):
             shipped = [targets.load(name) for name in recipe.shipped_files("target")]
             able = ", ".join(item.name for item in shipped if backends.unavailable(item) is None)
-            reason = reason.removeprefix(f"target {target.name}: ")
             raise TargetError(
                 f"target {target.name}: {reason}. Buildable here: {able or 'none of the shipped targets'}"
             )

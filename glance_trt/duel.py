@@ -84,7 +84,7 @@ def run_process(command: Sequence[str], threads: int) -> tuple[float, float]:
     """
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(threads))
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment(threads))
         _, status, usage = os.wait4(child.pid, 0)
         seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -147,9 +147,9 @@ class _Side:
 
 @contextlib.contextmanager
 def _side(command: Sequence[str], threads: int) -> Iterator[_Side]:
-    pipe, environment = subprocess.PIPE, _environment(threads)
+    pipe, variables = subprocess.PIPE, environment(threads)
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=environment, text=True)
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, env=variables, text=True)
         try:
             yield _Side(child, log)
         finally:
@@ -158,7 +158,8 @@ def _side(command: Sequence[str], threads: int) -> Iterator[_Side]:
                 child.communicate()
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
+    """A process's, in which libraries compute with so many threads."""
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
 
 

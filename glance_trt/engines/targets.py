@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from glance_trt import limits, recipe, strict
@@ -129,11 +130,14 @@ _ONLY = {
 """By field: the backends that have it."""
 
 
-def load_all(names: Sequence[str]) -> list[Target]:
-    """Read several; one that is asked for twice counts once. Raises `RecipeError` where two have one name."""
+def load_all(names: Sequence[str], folder: Path | None = None) -> list[Target]:
+    """Read several; one that is asked for twice counts once. folder: of the recipe that names them, if one does.
+
+    Raises `RecipeError` where two have one name.
+    """
     found: dict[str, Target] = {}
     for name in dict.fromkeys(names):
-        target = load(name)
+        target = load(str(folder / name) if folder and (folder / name).is_file() else name)
         if target.name in found:
             raise RecipeError(f"{name}: a second target of the name {target.name!r}; engines in a bundle go by it")
         found[target.name] = target

@@ -47,7 +47,7 @@ def build(
     `OutputError` where a plan cannot be written.
     """
     if reason := unavailable(target):
-        raise TargetError(reason)
+        raise TargetError(f"target {target.name}: {reason}")
     counts = {}
     with _writing(directory):
         folder = tempfile.TemporaryDirectory(prefix=".building-", dir=directory)
@@ -73,7 +73,7 @@ def file_name(target: Target, graph: str) -> str:
 
 
 def unavailable(target: Target) -> str | None:
-    """Why this machine cannot build `target`, and what can be done; None if it can."""
+    """Why this machine cannot build `target`, which is not named, and what can be done; None if it can."""
     package = PACKAGES[target.backend]
     if target.backend == "tensorrt":  # first of all: without a GPU nothing that could be installed would help
         try:
@@ -94,18 +94,18 @@ def unavailable(target: Target) -> str | None:
         known = _compilable(module)
         if unknown := [capability for capability in target.compute_capabilities if capability not in known]:
             return (
-                f"target {target.name}: compute_capabilities: {package.title} {module.__version__} cannot compile for "
+                f"compute_capabilities: {package.title} {module.__version__} cannot compile for "
                 f"{', '.join(unknown)}; it can for {', '.join(known)}"
             )
         return None
     if target.compute_capabilities and present not in target.compute_capabilities:
         return (
-            f"target {target.name}: compute_capabilities: {package.title} compiles for the GPU of the machine it runs "
+            f"compute_capabilities: {package.title} compiles for the GPU of the machine it runs "
             f"on, which is {present}, not {', '.join(target.compute_capabilities)}; build on such a machine"
         )
     if target.hardware_compatibility == "ampere_plus" and float(present) < 8:
         return (
-            f"target {target.name}: hardware_compatibility: ampere_plus is built on compute capability 8.0 or later, "
+            f"hardware_compatibility: ampere_plus is built on compute capability 8.0 or later, "
             f"and this machine's GPU has {present}"
         )
     return None
@@ -118,7 +118,7 @@ def requires(target: Target) -> dict[str, str]:
     Raises `TargetError` where this machine cannot build `target`.
     """
     if reason := unavailable(target):
-        raise TargetError(reason)
+        raise TargetError(f"target {target.name}: {reason}")
     module, version = PACKAGES[target.backend].module, str(load(target.backend).__version__)
     if target.backend == "tensorrt-rtx":
         return {module: version, "compute_capability": " ".join(target.compute_capabilities)}

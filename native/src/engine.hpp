@@ -16,6 +16,9 @@
 
 namespace glance_trt {
 
+/// What to do with engines that were built for something else.
+constexpr const char *compile_anew = "compile it anew on this machine: glance-trt compile BUNDLE --engine TARGET";
+
 /// One run of a graph: its ports, with the names of the values that they take, and of the one that its first output
 /// gives.
 struct Call {

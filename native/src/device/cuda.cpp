@@ -101,10 +101,6 @@ namespace {
 constexpr unsigned non_blocking = 1;   // CU_STREAM_NON_BLOCKING: it does not wait for the legacy default stream
 constexpr unsigned without_timing = 2; // CU_EVENT_DISABLE_TIMING
 
-void *pointer(Address address) {
-    return reinterpret_cast<void *>(static_cast<std::uintptr_t>(address));
-}
-
 } // namespace
 
 std::string compute_capability(int ordinal) {

@@ -15,6 +15,10 @@ namespace glance_trt {
 /// Of memory of the device, or of the host's that its copies can run from.
 using Address = std::uint64_t;
 
+inline void *pointer(Address address) {
+    return reinterpret_cast<void *>(static_cast<std::uintptr_t>(address));
+}
+
 enum class Place { device, pinned };
 
 /// A device and one stream on it. What is put into the stream runs later, in that order. Throws `Error` of the kind

@@ -10,9 +10,8 @@
 namespace glance_trt {
 namespace {
 
-constexpr std::size_t alignment = 256; // bytes; of CUDA's own allocations, and what TensorRT asks of every address
-constexpr std::size_t most_bindings =
-    64; // that are kept: one for each graph and batch size in use, some megabytes each
+constexpr std::size_t alignment = 256;    // bytes; of CUDA's own allocations, and what TensorRT asks of every address
+constexpr std::size_t most_bindings = 64; // one for each graph and shapes in use, some megabytes each
 
 std::size_t aligned(std::size_t bytes) {
     return (bytes + alignment - 1) / alignment * alignment;
@@ -50,7 +49,7 @@ class Settled {
 };
 
 char *host(Address address) {
-    return reinterpret_cast<char *>(static_cast<std::uintptr_t>(address));
+    return static_cast<char *>(pointer(address));
 }
 
 } // namespace

@@ -17,7 +17,6 @@ using onnxruntime::Library;
 using onnxruntime::Session;
 
 constexpr const char *cuda = "CUDAExecutionProvider"; // it compiles nothing, and loads no code from a graph
-constexpr const char *again = "compile it anew on this machine: glance-trt compile BUNDLE --engine TARGET";
 
 class OnnxRuntimeRunner : public Runner {
   public:
@@ -74,10 +73,10 @@ class OnnxRuntime : public Backend {
             return "built for " + key + " " + there + ", but this is " + here + "; ";
         };
         if (!version.empty() && version != library()->version()) {
-            return differs("onnxruntime", version, library()->version()) + "load that version, or " + again;
+            return differs("onnxruntime", version, library()->version()) + "load that version, or " + compile_anew;
         }
         if (!cpu.empty() && cpu != cpu_family()) {
-            return differs("cpu", cpu, cpu_family()) + again;
+            return differs("cpu", cpu, cpu_family()) + compile_anew;
         }
         return std::nullopt;
     }

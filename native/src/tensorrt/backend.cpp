@@ -13,8 +13,6 @@
 namespace glance_trt {
 namespace {
 
-constexpr const char *again = "compile it anew on this machine: glance-trt compile BUNDLE --engine TARGET";
-
 /// {10, 13, 3} of "10.13.3"; of a text from a manifest, so of any: at least one.
 std::vector<std::uint64_t> numbers(const std::string &version) {
     std::vector<std::uint64_t> found;
@@ -90,18 +88,18 @@ class TensorRt : public Backend {
     void check(const EngineSet &engines) const {
         const std::string version = flavour_.version(), platform = this_platform();
         if (const std::string &there = engines.required("platform"); !there.empty() && there != platform) {
-            throw Error(Kind::target, "built for " + there + ", and this is " + platform + "; " + again);
+            throw Error(Kind::target, "built for " + there + ", and this is " + platform + "; " + compile_anew);
         }
         if (const std::string &there = engines.required(flavour_.module);
             !there.empty() && !is_version(version, there)) {
             throw Error(Kind::target, std::string("built for ") + flavour_.title + " " + there + ", and this is " +
-                                          version + "; load that version, or " + again);
+                                          version + "; load that version, or " + compile_anew);
         }
         const std::string capability = compute_capability(options_.device);
         if (const std::string &there = engines.required("compute_capability");
             !there.empty() && !holds(there, capability)) {
             throw Error(Kind::target, "built for GPUs of compute capability " + there + ", and this one has " +
-                                          capability + "; " + again);
+                                          capability + "; " + compile_anew);
         }
     }
 
@@ -110,7 +108,7 @@ class TensorRt : public Backend {
             throw Error(Kind::target, path +
                                           ": a plan is native code, and this one was not built here by you. If you "
                                           "trust where it comes from, set the option trust; else " +
-                                          again);
+                                          compile_anew);
         }
     }
 

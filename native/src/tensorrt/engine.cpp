@@ -7,7 +7,6 @@
 #include "text.hpp"
 
 #include <algorithm>
-#include <array>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -149,8 +148,6 @@ class TensorRtBinding : public Binding {
     }
 
   private:
-    static void *pointer(Address address) { return reinterpret_cast<void *>(static_cast<std::uintptr_t>(address)); }
-
     std::string name_;
     std::unique_ptr<nvinfer1::IExecutionContext> context_;
     Specs outputs_;
@@ -319,10 +316,10 @@ class TensorRtEngine : public DeviceEngine {
     Log log_;
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
-    std::unique_ptr<nvinfer1::IRuntimeConfig> config_;
 #ifdef TRT_MAJOR_RTX
     std::unique_ptr<RuntimeCache> cache_;
 #endif
+    std::unique_ptr<nvinfer1::IRuntimeConfig> config_;
     std::vector<std::string> outputs_;
 };
 
