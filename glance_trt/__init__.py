@@ -1,7 +1,7 @@
 """glance-trt: few-step diffusion with phase experts, in production.
 
-The public API is `Pipeline`, `Bundle` and the errors. Importing this package costs no more than the standard library:
-numpy is loaded with the first name that needs it, and nothing here ever needs PyTorch.
+The public API is `Pipeline`, its `Request`, `Bundle` and the errors. Importing this package costs no more than the
+standard library: numpy is loaded with the first name that needs it, and nothing here ever needs PyTorch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from glance_trt.bundle import Bundle
-    from glance_trt.runtime.pipeline import Pipeline
+    from glance_trt.runtime.pipeline import Pipeline, Request
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [
     "ParityError",
     "Pipeline",
     "RecipeError",
+    "Request",
     "TargetError",
     "TrainingError",
     "__version__",
@@ -54,8 +55,8 @@ def __getattr__(name: str) -> object:
         from glance_trt.bundle import Bundle
 
         return Bundle
-    if name == "Pipeline":
-        from glance_trt.runtime.pipeline import Pipeline
+    if name in ("Pipeline", "Request"):
+        from glance_trt.runtime import pipeline
 
-        return Pipeline
+        return getattr(pipeline, name)
     raise AttributeError(f"module 'glance_trt' has no attribute {name!r}")

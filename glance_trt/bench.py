@@ -14,7 +14,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from glance_trt import __version__, recipe
+from glance_trt import __version__, preflight, recipe
 from glance_trt.bundle import Bundle
 from glance_trt.duel import Duel, cold_start, peer_name, steady_state
 from glance_trt.errors import InputError
@@ -81,7 +81,8 @@ def measure(
     """Time a bundle: `runs` times each stage, after one run that is not counted.
 
     against: the recipe that the bundle was built from, to be run by diffusers too. threads: that each side computes
-    with, by default one per core. Raises `InputError`, and `TargetError` where a side cannot run here.
+    with, by default one per core. Raises `InputError`, `TargetError` where a side cannot run here, and what
+    `glance_trt.export.inputs.read` does.
     """
     if runs < 1 or not batches or min(batches) < 1:
         raise InputError(f"runs and batches: expected at least 1, got {runs} and {list(batches)}")
@@ -91,10 +92,16 @@ def measure(
     if against:
         # First, before this process grows: see `duel.run_process`.
         peer = peer_name(threads)
-        plan, _ = recipe.load(against)
+        plan, folder = recipe.load(against)
         if plan.name != bundle.manifest.name:
             names = f"{against} is the recipe of {plan.name}, the bundle is {bundle.manifest.name}"
             raise InputError(f"--against: {names}; give the recipe that it was built from")
+        from glance_trt.export import inputs
+
+        made_from = inputs.read(plan, folder, progress)
+        trained = sum(phase.lora is not None for phase in plan.phases)
+        needed = preflight.timing(made_from.parts(), made_from.family.components["denoiser"], trained)
+        preflight.check_memory(needed, preflight.free_memory())
         prompt = (plan.distill and plan.distill.prompt) or PROMPT
         duels = cold_start(bundle.directory, against, prompt, runs, threads, progress)
         duels += steady_state(bundle.directory, against, prompt, runs, batches, threads, progress)

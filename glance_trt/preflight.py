@@ -1,4 +1,4 @@
-"""What a build will need of disk and memory, before it begins: hours of work should not end in a full disk.
+"""What work will need of disk and memory, before it begins: hours of it should not end in a full disk.
 
 The estimates are what is needed at least. Where their factors come from stands beside them.
 """
@@ -49,10 +49,11 @@ class Engines:
 
 @dataclass(frozen=True)
 class Need:
-    """A stage, and the memory that it needs, bytes."""
+    """A stage, and the memory that it needs, bytes. instead: what can be done where there is less of it."""
 
     stage: str
     memory: int
+    instead: str = f"build on a larger machine, {_ANYWAY}"
 
 
 def disk(components: Mapping[str, Component], targets: Iterable[Engines]) -> int:
@@ -86,6 +87,23 @@ def memory(components: Mapping[str, Component], targets: Iterable[Engines], comp
     return max(needs, key=lambda need: need.memory)
 
 
+def comparing(parts: Mapping[str, int], images: int) -> Need:
+    """The stage of a comparison with PyTorch that needs the most. parts: the values of each of the model's, by name.
+    images: how many whole ones diffusers makes, for which it holds the model."""
+    if images:
+        instead = "compare on a larger machine, or the graphs alone, with --images 0"
+        return Need("comparing images with diffusers", 4 * sum(parts.values()), instead)
+    largest = max(parts, key=lambda part: parts[part])
+    return Need(f"comparing {largest} with PyTorch", 4 * parts[largest], "compare on a larger machine")
+
+
+def timing(parts: Mapping[str, int], denoiser: str, phases: int) -> Need:
+    """What diffusers needs as the peer of a bench, which holds the model twice: once to switch its LoRAs, and once with
+    a denoiser more for each of so many phases with one. parts: as in `comparing`."""
+    values = 2 * sum(parts.values()) + phases * parts[denoiser]
+    return Need("timing diffusers", 4 * values, "compare on a larger machine, or time the bundle without --against")
+
+
 def _kind(graph: str) -> str:
     """The component of a graph such as ``denoiser.slow``."""
     return graph.partition(".")[0]
@@ -107,7 +125,7 @@ def check_memory(need: Need, free: int | None) -> None:
     if free is not None and need.memory > free:
         raise TargetError(
             f"{need.stage} takes at least {_shown(need.memory)} of memory, and {_shown(free)} are free; end other "
-            f"programs, add swap, build on a larger machine, {_ANYWAY}"
+            f"programs, add swap, {need.instead}"
         )
 
 

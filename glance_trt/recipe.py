@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from glance_trt import limits, strict
-from glance_trt.errors import RecipeError
+from glance_trt.errors import LoraError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     import yaml
@@ -205,12 +205,18 @@ def load(path: str | Path) -> tuple[Recipe, Path]:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Let every `RecipeError` from within begin with the recipe's file, also one that knows only a key of it."""
+    """Let every `RecipeError` from within begin with the recipe's file, also one that knows only a key of it. Where a
+    model or a LoRA is not there for a shipped recipe, its errors say that it is for copying."""
     try:
         yield
     except RecipeError as error:
         text = str(error)
         raise RecipeError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from None
+    except (ModelError, LoraError) as error:
+        if os.path.isfile(path) or not (file := shipped_files("recipe").get(str(path))):
+            raise
+        text = f"{path} is a shipped recipe; copy {file} to where your model and LoRAs are, and give the copy"
+        raise type(error)(f"{error}\n{text}") from None
 
 
 def find(name: str, kind: Literal["recipe", "target"]) -> Path:

@@ -68,14 +68,14 @@ def unrunnable(backend: str, requires: Mapping[str, str], device: int = 0) -> st
 def load(backend: str) -> ModuleType:
     """The module that compiles and runs a backend's plans. Raises `TargetError`, with the command that installs it."""
     package = PACKAGES[backend]
-    install = f"pip install 'glance-trt[{package.extra}]'"
     try:
         return importlib.import_module(package.module)
     except ModuleNotFoundError as error:
+        install = f"pip install 'glance-trt[{package.extra}]'"
         raise TargetError(f"{package.title} is not installed (no module {error.name}); {install}") from None
     except Exception as error:  # its loader raises whatever a missing or unfit native library makes it raise
         text = f"{package.title} cannot be loaded ({type(error).__name__}: {error})"
-        raise TargetError(f"{text}; reinstall it: {install} --force-reinstall") from None
+        raise TargetError(f"{text}; reinstall it: pip install --force-reinstall {package.distribution}") from None
 
 
 def is_installed(module: str) -> bool:

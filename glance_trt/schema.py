@@ -252,8 +252,9 @@ class Image:
         return self.latent_channels, height // self.latent_scale, width // self.latent_scale
 
     def described(self) -> str:
-        """The sizes, for people, width first: ``1024 x 1024, 768 x 1344``."""
-        text = ", ".join(f"{width} x {height}" for height, width in ((self.height, self.width), *self.sizes))
+        """The sizes, for people: ``1024 x 1024, 768 x 1344 (height x width)``."""
+        text = ", ".join(f"{height} x {width}" for height, width in ((self.height, self.width), *self.sizes))
+        text += " (height x width)"
         return f"{text}, sides from {self.sides[0]} to {self.sides[1]} by {self.sides[2]}" if self.sides else text
 
     def takes(self, height: int, width: int) -> bool:

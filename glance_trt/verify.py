@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glance_trt import recipe
+from glance_trt import preflight, recipe
 from glance_trt.build import schedules
 from glance_trt.bundle import Bundle
 from glance_trt.errors import ParityError
@@ -47,7 +47,8 @@ def compare(
 
     Image i is made of prompt i with the seed i, from 0 on; after the last prompt comes the first again. prompts: by
     default those that the recipe distils with. images: how many, by default one of each prompt given, or 2. Raises
-    `ParityError` where a graph or an image differs too much, or where the recipe has another schedule or guidance.
+    `ParityError` where a graph or an image differs too much, or where the recipe has another schedule or guidance, and
+    `TargetError` where there is too little memory for the model in float32, which is what is compared with.
     """
     # What cannot be is said before PyTorch is loaded, which takes seconds.
     target = choose_target(bundle, target, device)
@@ -69,13 +70,14 @@ def compare(
             f"{given.scale:g} and {given.negative_prompt!r} in the bundle"
         )
     guides = phases.guides(plan, folder, family)
+    count = images if images is not None else len(prompts) or 2
+    preflight.check_memory(preflight.comparing(made_from.parts(), count), preflight.free_memory())
     with Pipeline.open(bundle, target, device=device, trust=trust) as pipeline:
         engines = bundle.manifest.engines[pipeline.target]
         graphs = {name: str(engine.dtype or engines.dtype) for name, engine in engines.graphs.items()}
         least = PSNR[engines.dtype]
         reference = parity.Reference(family, made_from.loras, made_from.encoders, guides)
         results = parity.check(pipeline.runner, graphs, reference, family.sources(guides), progress)
-        count = images if images is not None else len(prompts) or 2
         prompts = prompts or _prompts(plan, folder)
         found = []
         if count:

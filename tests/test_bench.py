@@ -41,7 +41,7 @@ else:
 
 RECIPE = """
 name: {name}
-model: nowhere
+model: {model}
 height: 8
 width: 8
 phases: [{{name: slow, steps: [1]}}]
@@ -65,8 +65,8 @@ class Slow:
         self.runner.close()
 
 
-def write_recipe(path: Path, name: str) -> Path:
-    path.write_text(RECIPE.format(name=name))
+def write_recipe(path: Path, name: str, model: Path = Path("nowhere")) -> Path:
+    path.write_text(RECIPE.format(name=name, model=model))
     return path
 
 
@@ -123,14 +123,16 @@ def test_run_process_raises_what_the_process_said_last() -> None:
         duel.run_process([sys.executable, "-c", "raise ValueError('no such thing')"], 1)
 
 
-def test_against_runs_both_sides_alike(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_runs_both_sides_alike(
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle, log = Bundle.open(tiny_bundle), tmp_path / "requests"
     monkeypatch.setattr(duel, "_PEER", ("-c", PEER.format(log=str(log))))
     monkeypatch.setattr(duel, "_BLOCK", 0.01)
     seen = []
     report = bench.measure(
         bundle,
-        against=str(write_recipe(tmp_path / "recipe.yaml", bundle.manifest.name)),
+        against=str(write_recipe(tmp_path / "recipe.yaml", bundle.manifest.name, tiny_model)),
         runs=2,
         batches=[1, 3],
         threads=1,
@@ -168,13 +170,24 @@ def test_against_runs_both_sides_alike(tiny_bundle: Path, tmp_path: Path, monkey
 
 
 def test_against_a_peer_that_dies_shows_its_last_words(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "import sys\nif len(sys.argv) == 2: raise MemoryError('the model is too large')"
     monkeypatch.setattr(duel, "_PEER", ("-c", code))
     bundle = Bundle.open(tiny_bundle)
-    recipe = write_recipe(tmp_path / "recipe.yaml", bundle.manifest.name)
+    recipe = write_recipe(tmp_path / "recipe.yaml", bundle.manifest.name, tiny_model)
     with pytest.raises(TargetError, match="MemoryError: the model is too large"):
+        bench.measure(bundle, against=str(recipe), runs=1, batches=[1], threads=1)
+
+
+def test_against_more_than_memory_holds_is_refused_before_anything_runs(
+    tiny_bundle: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duel, "run_process", None)
+    monkeypatch.setattr("glance_trt.preflight.free_memory", lambda: 1)
+    bundle = Bundle.open(tiny_bundle)
+    recipe = write_recipe(tmp_path / "recipe.yaml", bundle.manifest.name, tiny_model)
+    with pytest.raises(TargetError, match=r"^timing diffusers takes at least 0\.0 GB .* or time the bundle without"):
         bench.measure(bundle, against=str(recipe), runs=1, batches=[1], threads=1)
 
 

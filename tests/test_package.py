@@ -25,7 +25,7 @@ BASE = {*sys.stdlib_module_names, "glance_trt", "numpy", "PIL", "tokenizers", "y
 
 CLI = sorted([PACKAGE / "__main__.py", *(PACKAGE / "cli").rglob("*.py")])
 BUILDING = sorted(
-    [PACKAGE / f"{name}.py" for name in ("build", "compiling", "doctor", "verify")]
+    [PACKAGE / f"{name}.py" for name in ("bench", "build", "compiling", "doctor", "verify")]
     + [path for name in ("distill", "export", "engines") for path in (PACKAGE / name).rglob("*.py")]
 )
 LEAN = sorted({*PACKAGE.rglob("*.py")} - {*BUILDING, *CLI, PACKAGE / "__init__.py"})

@@ -91,6 +91,24 @@ def test_too_little_memory_is_named_with_the_stage_and_unknown_memory_suffices()
         preflight.check_memory(need, 4_000_000_000)
 
 
+FLUX = {"text_encoder": 123_000_000, "text_encoder_2": 4_762_000_000, "transformer": 11_902_000_000, "vae": 84_000_000}
+"""Values of FLUX.1 [dev]'s parts."""
+
+
+def test_comparing_takes_one_part_in_float32_and_images_all_of_them() -> None:
+    graphs, images = preflight.comparing(FLUX, images=0), preflight.comparing(FLUX, images=1)
+    assert (graphs.stage, graphs.memory) == ("comparing transformer with PyTorch", 4 * 11_902_000_000)
+    assert images.memory == 4 * (123 + 4762 + 11_902 + 84) * 1_000_000
+    with pytest.raises(
+        TargetError, match=r"^comparing images with diffusers takes at least 67\.5 GB .*, with --images 0$"
+    ):
+        preflight.check_memory(images, 64_000_000_000)
+
+
+def test_timing_holds_the_model_twice_and_a_denoiser_for_each_lora() -> None:
+    assert preflight.timing(FLUX, "transformer", 2).memory == 4 * (2 * 16_871_000_000 + 2 * 11_902_000_000)
+
+
 # --- what is free ---------------------------------------------------------------------------------------------------
 
 

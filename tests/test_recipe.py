@@ -12,7 +12,7 @@ import yaml
 
 from glance_trt import recipe
 from glance_trt.engines import targets
-from glance_trt.errors import RecipeError
+from glance_trt.errors import LoraError, ModelError, RecipeError
 
 GOOD = """
 name: tiny
@@ -267,6 +267,22 @@ def test_a_file_comes_before_a_shipped_recipe_of_that_name(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     Path("shapes").write_text(GOOD)
     assert recipe.load("shapes")[0].name == "tiny"
+
+
+@pytest.mark.parametrize("kind", [ModelError, LoraError])
+def test_what_a_shipped_recipe_lacks_is_said_to_be_for_the_user_s_copy(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = recipe.shipped_files("recipe")["flux-1-dev"]
+    text = f"gone\nflux-1-dev is a shipped recipe; copy {shipped} to where your model and LoRAs are, and give the copy"
+    with pytest.raises(kind) as caught, recipe.naming("flux-1-dev"):
+        raise kind("gone")
+    assert str(caught.value) == text
+    for own in ("flux-1-dev", "other.yaml"):
+        Path(own).touch()
+        with pytest.raises(kind, match=r"^gone$"), recipe.naming(own):
+            raise kind("gone")
 
 
 @pytest.mark.parametrize("schema", [recipe.Recipe, recipe.Phase, recipe.Guidance, recipe.Distill, targets.Target])

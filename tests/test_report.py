@@ -153,7 +153,7 @@ def test_the_header_names_origin_time_and_tools(page: Element) -> None:
     assert facts["Built"] == "2025-11-20 22:30 UTC"
     assert facts["Family"] == "tiny"
     assert facts["Base model"] == "a-model"
-    assert facts["Images"] == "6 x 4 pixels, latents 3 x 4 x 6"
+    assert facts["Images"] == "4 x 6 (height x width), latents 3 x 4 x 6"
     assert facts["Tools"] == "torch 2.13.0, build efefefefefef"
     assert rows(header) == [
         ["slow", "LoRA", "slow.safetensors", "4", "abababababab"],

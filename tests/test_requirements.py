@@ -177,7 +177,7 @@ def test_a_module_that_cannot_be_loaded_is_told_with_its_own_error(
     monkeypatch.syspath_prepend(tmp_path)
     assert unrunnable("tensorrt", {}) == (
         "TensorRT cannot be loaded (OSError: libnvinfer.so.11: cannot open shared object file); "
-        "reinstall it: pip install 'glance-trt[tensorrt]' --force-reinstall"
+        "reinstall it: pip install --force-reinstall tensorrt"
     )
 
 

@@ -18,6 +18,7 @@ from glance_trt import recipe
 from glance_trt.build import build
 from glance_trt.bundle import Bundle
 from glance_trt.errors import ParityError, TargetError
+from glance_trt.export import inputs
 from glance_trt.export.reference import DiffusersReference
 from glance_trt.verify import compare, psnr
 
@@ -59,6 +60,23 @@ def test_what_cannot_be_compared_is_refused_before_pytorch_is_loaded(
     else:
         with pytest.raises(TargetError, match=r"^cpu: runs on the CPU; for GPU 3, take a target for one$"):
             compare(bundle, str(home / "tiny.yaml"), target="cpu", device=3)
+
+
+def test_a_model_that_memory_does_not_hold_is_refused_and_less_is_offered(
+    bundle: Bundle, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_from = inputs.read(*recipe.load(str(home / "tiny.yaml")))
+    assert set(made_from.parts()) == {"text_encoder", "unet", "vae"}
+    free = 4 * sum(made_from.parts().values())
+    monkeypatch.setattr("glance_trt.preflight.free_memory", lambda: free)
+    assert len(compare(bundle, str(home / "tiny.yaml"), images=1).psnr) == 1
+    free -= 1
+    with pytest.raises(TargetError, match=r"^comparing images with diffusers takes .* the graphs alone"):
+        compare(bundle, str(home / "tiny.yaml"), images=1)
+    assert compare(bundle, str(home / "tiny.yaml"), images=0).graphs
+    free = 1
+    with pytest.raises(TargetError, match=r"^comparing unet with PyTorch takes"):
+        compare(bundle, str(home / "tiny.yaml"), images=0)
 
 
 def test_image_i_is_of_prompt_i_and_seed_i(bundle: Bundle, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,13 @@
     python examples/shapes/ablate.py                      # all arms; hours on two cores, goes on where it stopped
     python examples/shapes/ablate.py glance trajectory    # some groups of arms, or some arms by name
     python examples/shapes/ablate.py --list
-    python examples/shapes/ablate.py --times              # times all arms that are there, side by side
+    python examples/shapes/ablate.py --times base guide   # instead, times them side by side
     python examples/shapes/ablate.py --plot FILE.png
 
 Each arm (arms.py) is a recipe: it is distilled, built for the CPU, and generates 500 held-out captions with three
 seeds. Results go to ablation.json, one arm at a time, and as a table to stdout; an arm that is there already, with the
 same recipe and model, is not run again. Intervals are 95 %, over captions (the seeds of a caption are averaged first).
+What an arm takes does not depend on what it learned: to be timed, one that was trained elsewhere is trained for a step.
 """
 
 from __future__ import annotations
@@ -84,13 +85,15 @@ def digest_of(model: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def run(name: str, arm: Arm, model: Path, work: Path, captions: int, seeds: list[int]) -> dict[str, Any]:
-    """Distil, build and measure one arm."""
+def make(name: str, arm: Arm, model: Path, work: Path, **instead: int) -> dict[str, Any]:
+    """Distil and build one arm in a folder of `work`: what its training took. instead: settings of distillation."""
     folder = work / name
     content = {"name": name, "model": str(model_of(arm, model, work).resolve()), **copy.deepcopy(arm.recipe)}
-    for key in ("prompts", "image"):
-        if key in content.get("distill", {}):
-            content["distill"][key] = f"../{content['distill'][key]}"
+    if "distill" in content:
+        content["distill"] |= instead
+        for key in ("prompts", "image"):
+            if key in content["distill"]:
+                content["distill"][key] = str((work / content["distill"][key]).resolve())
     file, text = folder / "recipe.yaml", yaml.safe_dump(content)
     if file.exists() and file.read_text() != text:
         shutil.rmtree(folder)  # of an arm that was another recipe then
@@ -101,6 +104,12 @@ def run(name: str, arm: Arm, model: Path, work: Path, captions: int, seeds: list
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             training = pool.submit(distil, file, work / "samples").result()
     build(str(file), folder / "bundle", engines=["cpu"], overwrite=True)
+    return training
+
+
+def run(name: str, arm: Arm, model: Path, work: Path, captions: int, seeds: list[int]) -> dict[str, Any]:
+    """Distil, build and measure one arm."""
+    training, folder = make(name, arm, model, work), work / name
     scenes = scenes_of(arm, captions)
     images = images_of(folder / "bundle", scenes, seeds, name)
     marks = marks_of(images, scenes, STYLES[arm.style])
@@ -144,16 +153,16 @@ def distance(images: Path, teachers: Path) -> float | None:
     return float(np.sqrt((difference**2).mean(axis=(2, 3, 4))).mean())
 
 
-def times(names: list[str], work: Path, runs: int, batches: list[int]) -> dict[str, Any]:
+def times(bundles: dict[str, Path], runs: int, batches: list[int]) -> dict[str, Any]:
     """Time arms in turns on all cores, medians of `runs` rounds: seconds for a batch, by arm and batch size.
 
     `whole` is from the prompt to the images, `denoising` without text encoder and decoder, `step` the engine's own
     time for one step, averaged over the steps.
     """
-    found: dict[str, dict[int, dict[str, list[float]]]] = {name: {} for name in names}
+    found: dict[str, dict[int, dict[str, list[float]]]] = {name: {} for name in bundles}
     for i in range(runs):
-        for name in names:
-            with Pipeline.open(work / name / "bundle", "cpu") as pipeline:
+        for name, bundle in bundles.items():
+            with Pipeline.open(bundle, "cpu") as pipeline:
                 manifest = pipeline.bundle.manifest
                 for batch in batches:
                     stages = time_stages(pipeline, "a", batch, 1)  # of which a first run is not counted
@@ -241,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="groups or arms; default: all")
     parser.add_argument("--list", action="store_true", help="list groups and arms")
-    parser.add_argument("--times", action="store_true", help="instead, time the arms whose bundles are there")
+    parser.add_argument("--times", action="store_true", help="instead, time arms that have results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="instead, plot accuracy over evaluations")
     parser.add_argument("--captions", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -264,8 +273,15 @@ def main() -> None:
         output.write_text(json.dumps(ordered, indent=1) + "\n")
 
     if arguments.times:
-        there = [name for name in ARMS if name in results and (work / name / "bundle").exists()]
-        for name, found in times(there, work, runs=5, batches=[1, 4]).items():
+        prepare(work)
+        bundles = {}
+        for name in dict.fromkeys(["teacher-50", "base-10-unguided", *wanted]):
+            if name in results and ARMS[name].measured_alike:
+                bundles[name] = work / name / "bundle"
+                if not bundles[name].exists():
+                    make(name, ARMS[name], arguments.model, work / "times", steps=1, samples=1, batch_size=1)
+                    bundles[name] = work / "times" / name / "bundle"
+        for name, found in times(bundles, runs=5, batches=[1, 4]).items():
             results[name]["times"] = {str(batch): kinds for batch, kinds in found.items()}
         save()
         print(speeds(results))

@@ -33,7 +33,7 @@ from glance_trt.cli.bars import bars
 def command(
     recipe: str, output: Path | None, work: Path | None, samples: Path | None, device: str | None, overwrite: bool
 ) -> None:
-    """Train the LoRAs and guides that a recipe's phases name.
+    """Train the LoRAs and guides that a recipe's phases name, of Stable Diffusion 1 and 2.
 
     RECIPE is a YAML file, or the name of a shipped recipe. An interrupted run goes on from its last checkpoint.
 

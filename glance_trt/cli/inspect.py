@@ -68,7 +68,8 @@ def table(name: str, schedule: Schedule, knots: Sequence[int] = ()) -> list[str]
     """A schedule, line by line. knots: of its steps, where they are known."""
     count = f"{len(schedule.steps)} step{'s' if len(schedule.steps) > 1 else ''}"
     columns = "".join(f" {column:>10}" for column in schedule.coefficients)
-    sizes = "".join(f", {width} x {height}" for height, width in schedule.sizes)
+    sizes = "".join(f", {height} x {width}" for height, width in schedule.sizes)
+    sizes += " (height x width)" * bool(sizes)
     width = max(len(phase) for phase in ("phase", *(step.phase for step in schedule.steps)))
     lines = [
         f"schedule {name}: {count}, initial noise x {schedule.initial_noise_scale:g}{sizes}",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command("schedule")
 @click.argument("recipe")
-@click.option("--search", "searching", is_flag=True, help="Search the best knots.")
+@click.option("--search", "searching", is_flag=True, help="Search the best knots, for Stable Diffusion 1 and 2.")
 @click.option("-k", "--knots", type=click.IntRange(1), default=10, show_default=True, help="How many to choose.")
 @click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Trajectories to sample.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="A caption per line. Default: the recipe's.")
@@ -122,7 +122,7 @@ def _show(plan: Recipe, folder: Path) -> None:
     with bars() as progress:
         family = from_recipe(plan, folder, progress, whole=False)
     family.image()
-    targets.load_all(plan.engines)
+    targets.load_all(plan.engines, folder)
     knots = [step for phase in plan.phases for step in phase.steps]
     for name, schedule in build.schedules(family, plan).items():
         for line in table(name, schedule, knots):

@@ -78,8 +78,8 @@ def read_image(file: Path, recipe: Recipe, key: str = "distill.image") -> Image.
         raise RecipeError(f"{key}: {file}: not a readable image: {error}") from None
     if image.size != (recipe.width, recipe.height):
         raise RecipeError(
-            f"{key}: {file}: {image.width} x {image.height} pixels, and the recipe is for {recipe.width} x "
-            f"{recipe.height}; resize the image, or change width and height"
+            f"{key}: {file}: {image.height} x {image.width} pixels (height x width), and the recipe is for "
+            f"{recipe.height} x {recipe.width}; resize the image, or change height and width"
         )
     return image
 

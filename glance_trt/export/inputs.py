@@ -57,6 +57,11 @@ class Inputs:
             sizes[kind] = Component(values, sum(ref.size for ref in stored), sum(ref.length for ref in stored))
         return sizes
 
+    def parts(self) -> dict[str, int]:
+        """How many values each part of the model has; an image's encoder and its decoder may be one part."""
+        components = self.family.components
+        return {components[kind]: sum(ref.size for ref in tensors.values()) for kind, tensors in self.tensors.items()}
+
     def source_key(self, kind: str) -> str:
         """The key of a component's weights, with what LoRAs change in a text encoder."""
         files = sorted({ref.file for ref in self.tensors[kind].values()})

@@ -36,6 +36,8 @@ _DTYPES = {
 hold integers: position ids."""
 
 _HEADER_LIMIT = 100 << 20
+_PICKLES = (b"PK\x03\x04", b"\x80")
+"""What files of torch.save begin with."""
 _BLOCK = 1 << 20
 """Bytes that are copied at a time, by way of the processor's cache."""
 
@@ -116,8 +118,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorRef], dict[str, str]]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            first = file.read(8)
+            (length,) = struct.unpack("<Q", first)
             if length > min(size - 8, _HEADER_LIMIT):
+                if first.startswith(_PICKLES):
+                    raise ValueError("it is a pickle under another name; call it .pt, to be told how to convert it")
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
         metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}

@@ -106,7 +106,7 @@ def _header(manifest: Manifest, built: datetime) -> Html:
         "Built": f"{utc:%Y-%m-%d %H:%M} UTC",
         "Family": manifest.family,
         "Base model": source.model,
-        "Images": f"{image.described()} pixels, latents {' x '.join(map(str, image.latent_shape))}",
+        "Images": f"{image.described()}, latents {' x '.join(map(str, image.latent_shape))}",
         "Tools": ", ".join(f"{name} {_short(version)}" for name, version in source.tools.items()),
     }
     rows = [(lora.phase, "LoRA", lora.file, f"{lora.scale:g}", _short(lora.sha256)) for lora in source.loras]

@@ -30,7 +30,7 @@ def test_origin_engines_and_every_file_are_shown(run: Run, tiny_bundle: Path) ->
     manifest = Bundle.open(tiny_bundle).manifest
     assert "base model   tiny-model" in shown
     assert "slow         slow.safetensors, scale 4 (no alpha in the file)" in shown
-    assert "images       6 x 4, latents 3 x 4 x 6" in shown
+    assert "images       4 x 6 (height x width), latents 3 x 4 x 6" in shown
     assert "guidance     cfg, scale 3 by default" in shown
     assert "engines cpu: onnxruntime, float32, " in shown
     assert f"needs onnxruntime {manifest.engines['cpu'].requires['onnxruntime']}" in shown

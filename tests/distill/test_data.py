@@ -168,10 +168,18 @@ def _large_image(folder: Path) -> None:
         (_no_caption, IMAGES, r"distill\.images: .*a\.txt: no such file; paths are relative"),
         (_empty_caption, IMAGES, r"distill\.images: .*a\.txt: empty; expected the caption of a\.png"),
         (_unreadable, IMAGES, r"distill\.images: .*a\.png: not a readable image"),
-        (_another_size, IMAGES, r"distill\.images: .*a\.png: 24 x 16 pixels, and the recipe is for 16 x 16; resize"),
+        (
+            _another_size,
+            IMAGES,
+            r"distill\.images: .*a\.png: 16 x 24 pixels \(height x width\), and the recipe is for 16 x 16; resize",
+        ),
         (_no_prompts, {"image": "x.png"}, r"distill\.image: .*x\.png: no such file; correct the path"),
         (_cut_image, {"image": "x.png"}, r"distill\.image: .*x\.png: not a readable image"),
-        (_large_image, {"image": "x.png"}, r"distill\.image: .*x\.png: 32 x 24 pixels, and the recipe is for 16 x 16"),
+        (
+            _large_image,
+            {"image": "x.png"},
+            r"distill\.image: .*x\.png: 24 x 32 pixels \(height x width\), and the recipe is for 16 x 16",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_key_path(

@@ -130,6 +130,22 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: object, message: 
         read_header(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_under_another_name_is_told_apart(tmp_path: Path, zipped: bool) -> None:
+    torch.save({"a": torch.ones(8)}, tmp_path / "x.safetensors", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ModelError, match=r"x\.safetensors: not a readable .* it is a pickle under another name; call it"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_a_header_may_have_the_length_that_a_pickle_begins_with(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(8)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"padding": "0" * 500})
+    while (length := (tmp_path / "x.safetensors").read_bytes()[:2]) != b"\x80\x02":
+        grown = 500 + 0x280 - int.from_bytes(length, "little")
+        save_file(tensors, tmp_path / "x.safetensors", metadata={"padding": "0" * grown})
+    assert read_header(tmp_path / "x.safetensors")[0].keys() == tensors.keys()
+
+
 def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
     text = b"[" * 100_000
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
