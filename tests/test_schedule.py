@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from glance_trt import schedule
+from glance_trt import schedule, schedulers
 from glance_trt.errors import RecipeError
 from glance_trt.schedule import compile_schedule, teacher_grid
 
@@ -165,7 +165,7 @@ def test_own_sigmas_are_those_of_diffusers_to_the_last_bit(config: dict[str, Any
 
 @pytest.mark.parametrize("config", [DDIM, EULER, FLOW], ids=lambda c: c["_class_name"])
 def test_missing_keys_take_the_defaults_of_diffusers(config: dict[str, Any]) -> None:
-    schema = schedule._SCHEDULERS[config["_class_name"]]
+    schema = schedulers.SCHEDULERS[config["_class_name"]]
     signature = inspect.signature(getattr(diffusers, config["_class_name"]).__init__).parameters
     ours = {field.name: field.default for field in dataclasses.fields(schema) if field.name != "own_sigmas"}
     assert ours == {name: signature[name].default for name in ours}
