@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from glance_trt.runtime.runners.on_device import DeviceArray, Event, Memory, Spec
+from glance_trt.runtime.runners.device import DeviceArray, Event, Memory, Spec
 
 
 class HostMemory:

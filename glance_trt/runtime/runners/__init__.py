@@ -87,7 +87,8 @@ def open_engines(
         return OnnxRuntimeRunner(folder, files, threads=threads, one_at_a_time=one_at_a_time)
 
     from glance_trt.runtime.runners.cuda import Cuda
-    from glance_trt.runtime.runners.on_device import DeviceRunner, Engine
+    from glance_trt.runtime.runners.device import Engine
+    from glance_trt.runtime.runners.on_device import DeviceRunner
 
     gpu = Cuda(device, stream)
 

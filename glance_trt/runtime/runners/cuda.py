@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.interchange import OnGpu
-from glance_trt.runtime.runners.on_device import DeviceArray, Event, Memory, NotCaptured, Spec
+from glance_trt.runtime.runners.device import DeviceArray, Event, Memory, NotCaptured, Spec
 
 try:
     import nvtx

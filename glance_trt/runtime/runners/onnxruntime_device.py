@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from glance_trt.errors import BundleError, InputError, TargetError
-from glance_trt.runtime.runners.on_device import Spec
+from glance_trt.runtime.runners.device import Spec
 from glance_trt.runtime.runners.onnxruntime import DTYPES, fits, import_onnxruntime, shown
 
 _EXACT = {"CUDAExecutionProvider": {"use_tf32": "0"}}

@@ -16,7 +16,7 @@ import numpy as np
 from glance_trt import records, requirements
 from glance_trt.bundle import EngineSet
 from glance_trt.errors import InputError, TargetError
-from glance_trt.runtime.runners.on_device import Device, Spec
+from glance_trt.runtime.runners.device import Device, Spec
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -15,7 +15,7 @@ import pytest
 from glance_trt.errors import TargetError
 from glance_trt.runtime.runners import cuda
 from glance_trt.runtime.runners.cuda import Cuda, CudaMemory
-from glance_trt.runtime.runners.on_device import NotCaptured
+from glance_trt.runtime.runners.device import NotCaptured
 
 pytest.importorskip("cuda.core", reason="pip install glance-trt[cuda]")
 

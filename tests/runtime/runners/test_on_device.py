@@ -17,7 +17,8 @@ import pytest
 from glance_trt.bundle import Bundle
 from glance_trt.errors import InputError, TargetError
 from glance_trt.runtime.pipeline import Pipeline, Request
-from glance_trt.runtime.runners.on_device import Binding, DeviceRunner, Engine, NotCaptured
+from glance_trt.runtime.runners.device import Binding, Engine, NotCaptured
+from glance_trt.runtime.runners.on_device import DeviceRunner
 from glance_trt.runtime.runners.onnxruntime_device import OnnxRuntimeEngine
 
 from ...models import rich

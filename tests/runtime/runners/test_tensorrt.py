@@ -17,7 +17,7 @@ import pytest
 from glance_trt import records
 from glance_trt.bundle import EngineSet
 from glance_trt.errors import InputError, TargetError
-from glance_trt.runtime.runners.on_device import Spec
+from glance_trt.runtime.runners.device import Spec
 from glance_trt.runtime.runners.tensorrt import TensorRTEngine
 
 RANGES = [
