@@ -92,10 +92,7 @@ def measure(
     if against:
         # First, before this process grows: see `duel.run_process`.
         peer = peer_name(threads)
-        plan, folder = recipe.load(against)
-        if plan.name != bundle.manifest.name:
-            names = f"{against} is the recipe of {plan.name}, the bundle is {bundle.manifest.name}"
-            raise InputError(f"--against: {names}; give the recipe that it was built from")
+        plan, folder = recipe.load_of(against, bundle.manifest.name)
         from glance_trt.export import inputs
 
         made_from = inputs.read(plan, folder, progress)

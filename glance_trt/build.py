@@ -73,7 +73,11 @@ def build(
     `output` that was not there.
     """
     plan, folder = recipe.load(recipe_name)
-    wanted = targets.load_all(engines) if engines else targets.load_all(plan.engines, folder)
+    if engines:
+        wanted = targets.load_all(engines)
+    else:
+        with recipe.naming(recipe_name):
+            wanted = targets.load_all(plan.engines, folder)
     check_buildable(wanted)
     with writing(output), recipe.naming(recipe_name):
         _check_phase_names(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from glance_trt import limits, strict
-from glance_trt.errors import LoraError, ModelError, RecipeError
+from glance_trt.errors import InputError, LoraError, ModelError, RecipeError
 
 if TYPE_CHECKING:
     import yaml
@@ -203,6 +204,17 @@ def load(path: str | Path) -> tuple[Recipe, Path]:
     return read_yaml(Recipe, file), file.parent
 
 
+def load_of(path: str | Path, bundle: str) -> tuple[Recipe, Path]:
+    """Read the recipe that a bundle of this name is compared with, as `load`. Raises `InputError` for another's."""
+    plan, folder = load(path)
+    if plan.name != bundle:
+        raise InputError(
+            f"--against: {path} is the recipe of {plan.name}, the bundle is {bundle}; give the recipe that it was "
+            "built from"
+        )
+    return plan, folder
+
+
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
     """Let every `RecipeError` from within begin with the recipe's file, also one that knows only a key of it. Where a
@@ -213,7 +225,8 @@ def naming(path: str | Path) -> Iterator[None]:
         text = str(error)
         raise RecipeError(text if text.startswith(f"{path}: ") else f"{path}: {text}") from None
     except (ModelError, LoraError) as error:
-        if os.path.isfile(path) or not (file := shipped_files("recipe").get(str(path))):
+        file = find(str(path), "recipe").resolve()
+        if file not in (shipped.resolve() for shipped in shipped_files("recipe").values()):
             raise
         text = f"{path} is a shipped recipe; copy {file} to where your model and LoRAs are, and give the copy"
         raise type(error)(f"{error}\n{text}") from None
@@ -228,7 +241,10 @@ def find(name: str, kind: Literal["recipe", "target"]) -> Path:
         return shipped[name]
     if os.path.isdir(name):
         raise RecipeError(f"{name}: a folder; a {kind} is a YAML file")
-    raise RecipeError(f"{name}: no such file, and no shipped {kind} of that name ({', '.join(shipped) or 'none'})")
+    close = difflib.get_close_matches(name, shipped, n=1, cutoff=0.75)  # by which gpu is not close to cpu
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    known = ", ".join(shipped) or "none"
+    raise RecipeError(f"{name}: no such file, and no shipped {kind} of that name ({known}){hint}")
 
 
 def shipped_files(kind: Literal["recipe", "target"]) -> dict[str, Path]:

@@ -58,7 +58,7 @@ def compare(
     from glance_trt.export import inputs, parity, phases
     from glance_trt.export.reference import DiffusersReference
 
-    plan, folder = recipe.load(recipe_name)
+    plan, folder = recipe.load_of(recipe_name, bundle.manifest.name)
     made_from = inputs.read(plan, folder, progress)
     family = made_from.family
     if any(item not in bundle.manifest.schedules.values() for item in schedules(family, plan).values()):

@@ -140,6 +140,11 @@ def test_a_missing_recipe_is_named_beside_the_shipped_ones(name: str) -> None:
     assert "shapes" in str(error.value)
 
 
+def test_a_name_that_is_nearly_a_shipped_one_is_suggested() -> None:
+    with pytest.raises(RecipeError, match=r"^rtx-bf16: .* no shipped target .* did you mean 'rtx-bfloat16'\?$"):
+        targets.load("rtx-bf16")
+
+
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="a folder; a recipe is a YAML file"):
         recipe.load(tmp_path)
@@ -279,6 +284,8 @@ def test_what_a_shipped_recipe_lacks_is_said_to_be_for_the_user_s_copy(
     with pytest.raises(kind) as caught, recipe.naming("flux-1-dev"):
         raise kind("gone")
     assert str(caught.value) == text
+    with pytest.raises(kind, match=r"^gone\n.*flux-1-dev\.yaml is a shipped recipe"), recipe.naming(str(shipped)):
+        raise kind("gone")
     for own in ("flux-1-dev", "other.yaml"):
         Path(own).touch()
         with pytest.raises(kind, match=r"^gone$"), recipe.naming(own):

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from glance_trt import recipe
 from glance_trt.build import build
 from glance_trt.bundle import Bundle
-from glance_trt.errors import ParityError, TargetError
+from glance_trt.errors import InputError, ParityError, TargetError
 from glance_trt.export import inputs
 from glance_trt.export.reference import DiffusersReference
 from glance_trt.verify import compare, psnr
@@ -60,6 +60,12 @@ def test_what_cannot_be_compared_is_refused_before_pytorch_is_loaded(
     else:
         with pytest.raises(TargetError, match=r"^cpu: runs on the CPU; for GPU 3, take a target for one$"):
             compare(bundle, str(home / "tiny.yaml"), target="cpu", device=3)
+
+
+def test_the_recipe_of_another_bundle_is_refused_before_its_model_is_read(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(RECIPE | {"name": "other", "model": "nowhere"}))
+    with pytest.raises(InputError, match=r"other\.yaml is the recipe of other, the bundle is tiny; give "):
+        compare(bundle, str(tmp_path / "other.yaml"))
 
 
 def test_a_model_that_memory_does_not_hold_is_refused_and_less_is_offered(

@@ -1,9 +1,13 @@
-"""Progress bars on stderr: only on a terminal. What counts appears after two seconds, what does not at once."""
+"""Progress on stderr: bars on a terminal, and lines elsewhere, for logs.
+
+What counts appears after two seconds, what does not at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -12,11 +16,15 @@ import click
 from glance_trt.progress import Progress
 
 _DELAY = 2.0  # seconds
+_INTERVAL = 60.0  # seconds between the lines of a stage
 
 
 @contextlib.contextmanager
 def bars() -> Iterator[Progress]:
     """A `Progress` that draws one bar at a time, and cleans up behind itself."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
     from tqdm import tqdm
 
     current: dict[str, tqdm[NoReturn]] = {}
@@ -30,7 +38,6 @@ def bars() -> Iterator[Progress]:
                 total=total,
                 delay=_DELAY if total > 1 else 0,
                 file=sys.stderr,
-                disable=not sys.stderr.isatty(),
                 leave=False,
                 unit="B" if large else "",
                 unit_scale=large,
@@ -48,6 +55,21 @@ def bars() -> Iterator[Progress]:
         yield report
     finally:
         close()
+
+
+class _Lines:
+    """A line when a stage has begun, and one a minute while it goes on."""
+
+    def __init__(self) -> None:
+        self._stage, self._due = "", 0.0
+
+    def __call__(self, stage: str, done: float, total: float) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._due = stage, now + (_DELAY if total > 1 else 0)
+        if done < total and now >= self._due:
+            self._due = now + _INTERVAL
+            click.echo(f"{stage} {100 * done / total:.0f} %" if done else stage, err=True)
 
 
 def echo(line: str | bytes) -> None:

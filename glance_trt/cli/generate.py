@@ -11,6 +11,7 @@ import click
 from glance_trt.cli import options
 from glance_trt.cli.bars import bars, echo
 
+_STRETCH = 0.02  # of a given image, beyond which it is mentioned: sides are rounded to what a model can make
 _CELL = 192  # pixels of a contact sheet's cells, at least: a caption has to be read
 
 
@@ -34,7 +35,7 @@ _CELL = 192  # pixels of a contact sheet's cells, at least: a caption has to be 
 @click.option("--schedule", help="One of the bundle's schedules. Default: the first for the size.")
 @click.option("--height", type=click.IntRange(min=1), help="Pixels. Default: the bundle's, or the image's.")
 @click.option("--width", type=click.IntRange(min=1), help="Pixels, likewise.")
-@click.option("--image", "start", type=click.Path(path_type=Path), help="An image to start from.")
+@click.option("--image", "start", type=click.Path(path_type=Path), help="An image to start from, resized to the size.")
 @click.option("--strength", type=float, help="How much of the schedule runs from there, up to 1. Default: 0.8.")
 @options.engines
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: one per core.")
@@ -50,7 +51,7 @@ _CELL = 192  # pixels of a contact sheet's cells, at least: a caption has to be 
 @click.option(
     "--sheet",
     type=click.Path(path_type=Path),
-    help="Also write all on one sheet, captioned (.png, .jpg, .webp).",
+    help="Also write all on one sheet, captioned (.png, .jpg, .webp); not with --prompts.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON record per image instead of its path.")
@@ -117,6 +118,9 @@ def command(
             image=image,
             strength=strength,
         )
+        if image and abs(image.width * settings.height / (image.height * settings.width) - 1) > _STRETCH:
+            shapes = f"{image.height} x {image.width} to {settings.height} x {settings.width} (height x width)"
+            click.echo(f"note: {start} is stretched from {shapes}", err=True)
         click.echo(f"seed {seed}", err=True)
         if file:
             every = len(outputs)

@@ -109,8 +109,10 @@ def check_exists(path: Path) -> None:
     if path.is_dir():
         raise LoraError(f"{path}: a folder; expected a .safetensors file")
     if not path.is_file():
-        trained = "for Stable Diffusion 1 and 2, one is trained with: glance-trt distill RECIPE"
-        raise LoraError(f"{path}: no such LoRA file; {trained}")
+        raise LoraError(
+            f"{path}: no such LoRA file; correct the path, or for Stable Diffusion 1 and 2 train one: "
+            "glance-trt distill RECIPE"
+        )
 
 
 def read(

@@ -50,7 +50,7 @@ class Model:
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of a part. Raises `ModelError`."""
         file = self.config_file(part)
-        return index.read_json(file, f"{file.parent}: missing, with its {file.name}")
+        return index.read_json(file, f"{file.parent}: missing, with its {file.name}; copy or download it too")
 
     def config_file(self, part: str) -> Path:
         """The file of a part's configuration."""
@@ -122,8 +122,8 @@ def _find(recipe: Recipe, folder: Path, progress: Progress, whole: bool) -> Mode
             if getattr(recipe, key):
                 raise RecipeError(f"{key}: belongs to {_KEYS[key]}, and the model is a folder, {path}; leave it out")
         return Model(path, path.resolve().name)
-    if path.suffix in pickles.SUFFIXES and path.is_file():
-        raise pickles.refused(path, pickles.converted(path))
+    if path.suffix in pickles.SUFFIXES:
+        raise pickles.refused(path, pickles.converted(path)) if path.is_file() else ModelError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return _in_one_file(recipe, folder, progress, whole)
     if path.exists():

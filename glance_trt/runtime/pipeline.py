@@ -352,7 +352,10 @@ def choose_target(bundle: Bundle, target: str | None, device: int) -> str:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items()) or " none"
         raise TargetError(f"{bundle.directory}: none of its targets runs here:{listed}")
     if target not in engines:
-        raise TargetError(f"target {target!r}: this bundle has engines for {', '.join(engines) or 'none'}")
+        raise TargetError(
+            f"target {target!r}: this bundle has engines for {', '.join(engines) or 'none'}; add them with: "
+            "glance-trt compile BUNDLE --engine TARGET"
+        )
     if reason := unrunnable(engines[target].backend, engines[target].requires, device):
         raise TargetError(f"{target}: {reason}")
     return target

@@ -81,7 +81,8 @@ std::string choose(const Bundle &bundle, const std::optional<std::string> &targe
     }
     if (!engines.find(*target)) {
         throw Error(Kind::target, "target " + shown(*target) + ": this bundle has engines for " +
-                                      (engines.empty() ? "none" : joined(engines.names())));
+                                      (engines.empty() ? "none" : joined(engines.names())) +
+                                      "; add them with: glance-trt compile BUNDLE --engine TARGET");
     }
     if (const auto reason = backends.unrunnable(engines[*target])) {
         throw Error(Kind::target, *target + ": " + *reason);

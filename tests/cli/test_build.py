@@ -44,6 +44,7 @@ def test_arguments_reach_the_library_and_the_bundle_is_printed(
     shown = run("build", "r.yaml", "-o", "x.bundle", "--engine", "cpu", "--engine", "rtx", "--overwrite")
     assert (shown.code, shown.out) == (0, "x.bundle\n")
     assert [" ".join(line.split()) for line in shown.err.splitlines()] == [
+        "fuse",
         "note: slow.safetensors names no alpha",
         "fuse and export 1.2 s",
         "engine cpu 62.0 s",

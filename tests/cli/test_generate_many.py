@@ -189,6 +189,16 @@ def test_image_from_an_image_says_which_and_how(run: Run, rich_bundle: Path) -> 
         assert parameters.image_sha256 == hashlib.sha256(Path("start.png").read_bytes()).hexdigest()
 
 
+def test_an_image_of_another_shape_is_mentioned(run: Run, rich_bundle: Path) -> None:
+    for size, noted in (((30, 15), True), ((16, 24), False)):
+        Image.new("RGB", size, "navy").save("start.png")
+        options = ("--height", 8, "--width", 12) if noted else ()
+        shown = run("generate", rich_bundle, "a star", "--image", "start.png", *options, "--seed", 7, "--overwrite")
+        assert shown.code == 0
+        note = "note: start.png is stretched from 15 x 30 to 8 x 12 (height x width)"
+        assert (note in shown.err) == noted
+
+
 def test_many_images_from_an_image_go_on_only_from_the_same_one(run: Run, rich_bundle: Path, prompts: Path) -> None:
     Image.new("RGB", (12, 8), "navy").save("start.png")
     command = ("generate", rich_bundle, "--prompts", prompts, "--image", "start.png", "--seed", 7, "-o", "out")

@@ -217,11 +217,15 @@ class Terminal:
         self.now, self.text, self._is_terminal = 1000.0, "", is_terminal
         monkeypatch.setattr(sys, "stderr", self)
         monkeypatch.setattr("tqdm.std.time", lambda: self.now)
+        monkeypatch.setattr("glance_trt.cli.bars.time", self)
         monkeypatch.setattr("tqdm.std.TMonitor", None)  # no thread that draws by the real clock
         monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
 
     def isatty(self) -> bool:
         return self._is_terminal
+
+    def monotonic(self) -> float:
+        return self.now
 
     def write(self, text: str) -> int:
         self.text += text
@@ -248,18 +252,29 @@ def test_bar_appears_when_a_stage_takes_longer_than_two_seconds_and_is_wiped(mon
     assert "\n" not in terminal.text
 
 
-def test_bar_of_a_short_stage_or_of_no_terminal_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    for is_terminal, seconds in ((True, 0.1), (False, 100.0)):
+def test_bar_of_a_short_stage_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_terminal in (True, False):
         terminal = Terminal(monkeypatch, is_terminal)
         with bars.bars() as progress:
             for stage in ("one", "two"):
                 for done in range(11):
                     progress(stage, done, 10)
-                    terminal.now += seconds
-                    if is_terminal:
-                        assert "%" not in terminal.text
-        assert "%" not in terminal.text
+                    terminal.now += 0.1
+                    assert "%" not in terminal.text
         assert is_terminal or terminal.text == ""
+
+
+def test_a_log_gets_a_line_for_a_stage_and_one_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch, is_terminal=False)
+    with bars.bars() as progress:
+        progress("trace slow", 0, 1)
+        assert terminal.text == "trace slow\n", "of what does not count, at once"
+        progress("trace slow", 1, 1)
+        for done in range(11):
+            progress("hash", done * 1e9, 1e10)
+            terminal.now += 13
+        progress("hash", 1e10, 1e10)
+    assert terminal.text == "trace slow\nhash 10 %\nhash 60 %\n"
 
 
 def test_bar_is_wiped_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,4 +325,4 @@ def test_real_terminal_gets_a_bar_and_a_file_does_not(tiny_bundle: Path, tmp_pat
     assert [record["file"] for record in records] == ["a-red-star-7.png", "a-red-star-8.png"]
     assert shown.startswith(b"seed 7")
     assert (b"generate:" in shown and b"%|" in shown) == on_terminal
-    assert on_terminal or shown == b"seed 7\n"
+    assert on_terminal or shown == b"seed 7\ngenerate\n"

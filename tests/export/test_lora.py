@@ -288,7 +288,7 @@ def test_a_folder_is_no_lora(unet_weights: Refs, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_says_how_to_make_one(unet_weights: Refs, tmp_path: Path) -> None:
-    with pytest.raises(LoraError, match=r"no\.safetensors: no such LoRA file; for Stable Diffusion 1 and 2, one is"):
+    with pytest.raises(LoraError, match=r"no\.safetensors: no such LoRA file; correct the path, or for Stable Diff"):
         lora.read(tmp_path / "no.safetensors", unet_weights)
 
 

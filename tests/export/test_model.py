@@ -167,6 +167,8 @@ def test_the_command_that_a_refused_pickle_names_converts_it(
 ) -> None:
     tensors = load_file(home / "unet.safetensors")
     pickled = home / f"it's a checkpoint{suffix}"
+    with pytest.raises(ModelError, match=r"it's a checkpoint\.\w+: no such file$"):
+        find(make_recipe(model=pickled.name, config="model"), home)
     torch.save({"state_dict": tensors, "epoch": 3}, pickled)
     with pytest.raises(ModelError, match=r"weights in a pickle, which can run code when it is read") as error:
         find(make_recipe(model=pickled.name, config="model"), home)

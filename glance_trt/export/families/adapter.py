@@ -107,7 +107,7 @@ class Adapter:
         configs = [self.model.config_file(part) for part in parts]
         folders = {part: self.model.path(_tokenizer_of(part)) for part in self.text_encoders}
         if missing := [folder for part, folder in folders.items() if part in self.components and not folder.is_dir()]:
-            raise ModelError(f"{missing[0]}: missing, with its tokenizer.json")
+            raise ModelError(f"{missing[0]}: missing, with its tokenizer.json; copy or download it too")
         tokenizers = [path for folder in folders.values() for path in sorted(folder.glob("*")) if path.is_file()]
         return [self.model.folder / "model_index.json", *configs, *tokenizers]
 
