@@ -193,10 +193,6 @@ def trajectory() -> dict[str, Arm]:
         "trajectory-6": arm(two(*searched(6)), NONE, **TRAJECTORY | {"steps": 1200}),
         "trajectory-4": arm(two(*searched(4)), NONE, **TRAJECTORY | {"steps": 1500}),
         "trajectory-10-scale": arm(two(*searched(10), guided=True), EMBEDDED, **TRAJECTORY | {"guidance": None}),
-        # A third of the training of four jumps, and the same with other knots, or on the teacher's states.
-        "trajectory-4-short": arm(two(*searched(4)), NONE, **TRAJECTORY),
-        "trajectory-4-uniform": arm(two(UNIFORM[4][:2], UNIFORM[4][2:]), NONE, **TRAJECTORY),
-        "trajectory-4-off-policy": arm(two(*searched(4)), NONE, **TRAJECTORY, on_policy=False),
     }
 
 
