@@ -281,7 +281,7 @@ def main() -> None:
         output.write_text(json.dumps(ordered, indent=1) + "\n")
 
     if arguments.times:
-        prepare(work)
+        prepare(work / "times")
         bundles = {}
         for name in dict.fromkeys(["teacher-50", "base-10-unguided", *wanted]):
             if name in results and ARMS[name].measured_alike:
