@@ -23,6 +23,11 @@ class Package:
     distribution: str
     extra: str
 
+    @property
+    def install(self) -> str:
+        """The command that installs it, with what our extra has besides."""
+        return f"pip install 'glance-trt[{self.extra}]'"
+
 
 PACKAGES = {
     "tensorrt": Package("TensorRT", "tensorrt", "tensorrt", "tensorrt"),
@@ -71,8 +76,7 @@ def load(backend: str) -> ModuleType:
     try:
         return importlib.import_module(package.module)
     except ModuleNotFoundError as error:
-        install = f"pip install 'glance-trt[{package.extra}]'"
-        raise TargetError(f"{package.title} is not installed (no module {error.name}); {install}") from None
+        raise TargetError(f"{package.title} is not installed (no module {error.name}); {package.install}") from None
     except Exception as error:  # its loader raises whatever a missing or unfit native library makes it raise
         text = f"{package.title} cannot be loaded ({type(error).__name__}: {error})"
         raise TargetError(f"{text}; reinstall it: pip install --force-reinstall {package.distribution}") from None

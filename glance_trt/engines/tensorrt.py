@@ -88,8 +88,7 @@ def unavailable(target: Target) -> str | None:
     except TargetError as error:
         return str(error)
     if not is_installed("polygraphy"):
-        install = f"pip install 'glance-trt[{package.extra}]'"
-        return f"{package.title} needs Polygraphy to build, which is not installed; {install}"
+        return f"{package.title} needs Polygraphy to build, which is not installed; {package.install}"
     if target.backend == "tensorrt-rtx":
         known = _compilable(module)
         if unknown := [capability for capability in target.compute_capabilities if capability not in known]:
