@@ -119,8 +119,9 @@ class Distill:
         for key in ("rank", "alpha", "steps", "learning_rate", "batch_size", "samples"):
             if (value := getattr(self, key)) is not None and not value > 0:
                 raise strict.Mismatch(f"{key}: expected a positive number, got {value}")
-        if len(self.scales) != 2 or not self.scales[0] < self.scales[1]:
-            raise strict.Mismatch(f"scales: expected the lowest and the highest one, got {list(self.scales)}")
+        if len(self.scales) != 2 or not 0 <= self.scales[0] < self.scales[1]:
+            found = list(self.scales)
+            raise strict.Mismatch(f"scales: expected the lowest and the highest one, 0 or more, got {found}")
         if self.guidance and self.guidance.mode == "embedded":
             raise strict.Mismatch("guidance.mode: the teacher's is cfg or none")
         if not self.targets:

@@ -189,7 +189,7 @@ def write_guide(tiny_model: Path) -> Callable[..., Path]:
     from safetensors.torch import save_file
 
     from glance_trt import strict
-    from glance_trt.export import guide
+    from glance_trt.export import guide, lora
 
     unet = UNet2DConditionModel.load_config(tiny_model / "unet")
 
@@ -203,7 +203,7 @@ def write_guide(tiny_model: Path) -> Callable[..., Path]:
             name: 0.3 * torch.randn(value.shape, generator=generator)
             for name, value in guide.Guide(config).state_dict().items()
         }
-        save_file(tensors, path, {guide.METADATA: json.dumps(strict.write(config))})
+        save_file(tensors, path, {lora.GUIDE: json.dumps(strict.write(config))})
         return path
 
     return write

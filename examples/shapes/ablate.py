@@ -291,7 +291,7 @@ def main() -> None:
                 if not bundles[name].exists():
                     make(name, ARMS[name], arguments.model, work / "times", steps=1, samples=1, batch_size=1)
                     bundles[name] = work / "times" / name / "bundle"
-        for name, found in times(bundles, runs=5, batches=[1, 4]).items():
+        for name, found in times(bundles, runs=15, batches=[1, 4]).items():
             results[name]["times"] = {str(batch): kinds for batch, kinds in found.items()}
         save()
         print(speeds(results))

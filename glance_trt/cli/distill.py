@@ -21,7 +21,7 @@ from glance_trt.cli.bars import bars
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
-    help="Folder for checkpoints and loss logs. Default: .distill beside the recipe.",
+    help="Folder for checkpoints and loss logs. Default: .distill/NAME beside the recipe.",
 )
 @click.option(
     "--samples",

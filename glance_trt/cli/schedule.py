@@ -49,8 +49,8 @@ def command(
     """Show a recipe's schedule, or search the best one for its model.
 
     A search samples the teacher on a few prompts, and finds the knots between which straight jumps stay nearest to its
-    trajectories, and the best place to change from the slow to the fast phase. It prints them beside a uniform grid and
-    the paper's, and the best cost for every number of knots.
+    trajectories, and the best place to change from the slow to the fast phase. It prints them beside a uniform grid
+    and, where the teacher has 50 steps, the paper's, and the best cost for every number of knots.
 
     \b
     Example: glance-trt schedule export/shapes.yaml --search -k 6 -o shapes6.yaml
@@ -130,8 +130,8 @@ def _show(plan: Recipe, folder: Path) -> None:
 
 
 def _line(name: str, knots: Knots) -> str:
-    slow, fast = (" ".join(map(str, part)) for part in (knots.steps[: knots.slow], knots.steps[knots.slow :]))
-    return f"{name:8} cost {knots.cost:.4f}: {slow} | {fast}"
+    parts = (" ".join(map(str, part)) for part in (knots.steps[: knots.slow], knots.steps[knots.slow :]))
+    return f"{name:8} cost {knots.cost:.4f}: {' | '.join(filter(None, parts))}"
 
 
 def written(plan: Recipe, folder: Path, knots: Knots, output: Path) -> str:

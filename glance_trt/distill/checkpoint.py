@@ -16,6 +16,9 @@ from torch import Tensor
 from glance_trt.distill import files
 from glance_trt.errors import TrainingError
 
+_DIGESTS = {"captions": "the captions or images", "model": "the base model's weights"}
+"""What settings have only digests of."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -70,6 +73,8 @@ def first_difference(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> s
     wanted = json.loads(json.dumps(settings))
     for key in [*wanted, *saved]:
         if saved.get(key) != wanted.get(key):
+            if key in _DIGESTS:
+                return f"{_DIGESTS[key]} were others"
             return f"{key} was {_short(saved.get(key))}, and is {_short(wanted.get(key))} now"
     return None
 

@@ -19,11 +19,18 @@ def settings_of(recipe: Recipe) -> Distill:
     for key in ("height", "width"):
         if getattr(recipe, key) % SIZE_MULTIPLE:
             raise RecipeError(f"{key}: {getattr(recipe, key)} is not a multiple of {SIZE_MULTIPLE}")
+    teachers = settings.guidance or recipe.guidance
+    learns_guidance = settings.method == "guidance" or any(phase.guide for phase in recipe.phases)
+    if learns_guidance and teachers.mode == "none":
+        raise RecipeError("distill.guidance.mode: none holds no guidance to learn; give the teacher's, cfg")
     for i, phase in enumerate(recipe.phases):
         if phase.guide is not None and settings.method == "ground-truth":
             raise RecipeError(f"phases[{i}].guide: ground truth holds no guidance to learn; use another distill.method")
-        if phase.guide is not None and settings.guidance and settings.guidance.mode == "none":
-            raise RecipeError(f"phases[{i}].guide: distill.guidance.mode none holds no guidance to learn; use cfg")
+        if phase.guide is not None and not settings.scales[0] <= recipe.guidance.scale <= settings.scales[1]:
+            raise RecipeError(
+                f"guidance.scale: {recipe.guidance.scale:g} is not among the scales that the guides would learn, "
+                f"distill.scales, {settings.scales[0]:g} to {settings.scales[1]:g}"
+            )
         if phase.guide is not None and settings.guide == "embedding" and phase.lora is None:
             raise RecipeError(f"phases[{i}]: an embedding of the scale acts through a LoRA; name one, or another guide")
         if phase.lora and not phase.guide and recipe.guidance.mode == "cfg" and settings.method != "ground-truth":

@@ -74,6 +74,8 @@ def read_image(file: Path, recipe: Recipe, key: str = "distill.image") -> Image.
             f"{key}: {file}: no such file; correct the path (it is relative to the recipe's folder), or leave it "
             "out to let the base model sample the image"
         ) from None
+    except IsADirectoryError:
+        raise RecipeError(f"{key}: {file}: a folder; expected an image, or name it under distill.images") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow: SyntaxError for broken PNG chunks
         raise RecipeError(f"{key}: {file}: not a readable image: {error}") from None
     if image.size != (recipe.width, recipe.height):
@@ -123,13 +125,16 @@ def read_captions(file: Path) -> tuple[str, ...]:
 
 def _pairs(folder: Path, recipe: Recipe) -> Given:
     if not folder.is_dir():
-        raise RecipeError(f"distill.images: {folder}: no such folder; it is relative to the recipe's")
+        found = "a file; expected a folder of images" if folder.exists() else "no such folder"
+        raise RecipeError(f"distill.images: {folder}: {found}; it is relative to the recipe's")
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
     if not files:
         raise RecipeError(f"distill.images: {folder}: has no image ({', '.join(_SUFFIXES)})")
     captions = []
     for file in files:
         beside = file.with_suffix(".txt")
+        if not beside.exists():
+            raise RecipeError(f"distill.images: {beside}: no such file; expected the caption of {file.name}")
         captions.append(_text(beside, "distill.images").strip())
         if not captions[-1]:
             raise RecipeError(f"distill.images: {beside}: empty; expected the caption of {file.name}")
@@ -139,7 +144,5 @@ def _pairs(folder: Path, recipe: Recipe) -> Given:
 def _text(file: Path, key: str) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a byte order mark
-    except FileNotFoundError:
-        raise RecipeError(f"{key}: {file}: no such file; paths are relative to the recipe's folder") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{key}: {file}: not readable: {error}") from None

@@ -268,8 +268,8 @@ def _is_done(parts: Parts, identity: Mapping[str, Any], settings: Distill, overw
     for file in there:
         found = loras.read_provenance(file)
         if found is None:
-            raise OutputError(f"{file}: exists, and is no result of this training; remove it, or ask to overwrite it")
+            raise OutputError(f"{file}: exists, and is no result of this training; give --overwrite or another -o")
         wanted = {**_provenance(identity, settings), "glance_trt": found.get("glance_trt")}
         if difference := checkpoint.first_difference(found, wanted):
-            raise OutputError(f"{file}: exists, from another run: {difference}; remove it, or ask to overwrite it")
+            raise OutputError(f"{file}: exists, from another run: {difference}; give --overwrite or another -o")
     return there == list(parts)

@@ -18,7 +18,7 @@ from glance_trt import strict
 from glance_trt.distill import files, loras
 from glance_trt.export import guide as guides
 from glance_trt.export.guide import Guide
-from glance_trt.export.lora import PROVENANCE
+from glance_trt.export.lora import GUIDE, PROVENANCE
 from glance_trt.recipe import Distill
 
 
@@ -79,7 +79,7 @@ class Student(nn.Module):
         if parts.guide is not None and self.guide is not None:
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.guide.state_dict().items()}
             metadata = {
-                guides.METADATA: json.dumps(strict.write(self.guide.config)),
+                GUIDE: json.dumps(strict.write(self.guide.config)),
                 PROVENANCE: json.dumps(provenance),
             }
             content = loras.with_metadata(save(tensors, {"format": "pt"}), metadata)

@@ -29,12 +29,10 @@ from torch import Tensor, nn
 
 from glance_trt import strict
 from glance_trt.errors import LoraError, ModelError
+from glance_trt.export import lora
 from glance_trt.export.weights import TensorRef, read_header
 
 Kind = Literal["embedding", "tiny", "full"]
-
-METADATA = "glance_trt_guide"
-"""Key of a guide file's metadata under which its `Config` is kept, as JSON."""
 
 _EMBEDDING_WIDTH = 256  # as in latent consistency models
 _HIDDEN = 64
@@ -192,10 +190,12 @@ def read(path: Path, unet: Mapping[str, Any]) -> GuideFile:
         raise LoraError(f"{path}: no such guide; train one with: glance-trt distill RECIPE")
     try:
         tensors, metadata = read_header(path)
-        if METADATA not in metadata:
-            raise LoraError(f"{path}: no guide; its metadata lack {METADATA}")
-        config = strict.read(Config, json.loads(metadata[METADATA]))
-    except (ModelError, ValueError, RecursionError) as error:
+        if lora.GUIDE not in metadata:
+            raise LoraError(f"{path}: no guide; its metadata lack {lora.GUIDE}")
+        config = strict.read(Config, json.loads(metadata[lora.GUIDE]))
+    except ModelError as error:
+        raise LoraError(str(error)) from None
+    except (ValueError, RecursionError) as error:
         raise LoraError(f"{path}: not a readable guide: {error}") from None
     if difference := _difference(config, unet):
         raise LoraError(f"{path}: a guide for another architecture: {difference}")
@@ -211,7 +211,7 @@ def _difference(config: Config, unet: Mapping[str, Any]) -> str | None:
     """How the model differs from the one that a guide was made for, block by block."""
     here = blocks(config.kind, unet)
     differences = [
-        f"{name} has {here.get(name, 'no')} channels here, {config.channels.get(name, 'no')} in the guide"
+        f"{name} has {here.get(name, 'no')} channels here, {config.channels.get(name, 'none')} in the guide"
         for name in {**here, **config.channels}
         if here.get(name) != config.channels.get(name)
     ]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PROVENANCE = "glance_trt"
 """Key of a file's metadata under which `glance-trt distill` says, as JSON, how it was made."""
+GUIDE = "glance_trt_guide"
+"""Key of a guide file's metadata, which is no LoRA, under which it says as JSON what it is made for."""
 _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 """How `struct` reads single values; bfloat16 is the upper half of float32."""
 
@@ -141,6 +143,8 @@ def read(
         raise LoraError(str(error)) from None
     if not tensors:
         raise LoraError(f"{path}: empty, it has no tensors")
+    if GUIDE in metadata:
+        raise LoraError(f"{path}: a guide, no LoRA; a phase names it under guide")
     parts = {DENOISER: weights, **(encoders or {})}
     layouts = {DENOISER: lora_layouts.denoiser(weights)}
     layouts |= {kind: lora_layouts.text_encoder(refs) for kind, refs in (encoders or {}).items()}

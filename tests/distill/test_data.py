@@ -127,6 +127,10 @@ def _no_images(folder: Path) -> None:
     (folder / "images" / "a.txt").write_text("a star")
 
 
+def _images_file(folder: Path) -> None:
+    an_image().save(folder / "images", "PNG")
+
+
 def _no_caption(folder: Path) -> None:
     (folder / "images").mkdir()
     an_image().save(folder / "images" / "a.png")
@@ -165,7 +169,8 @@ def _large_image(folder: Path) -> None:
         (_prompts_folder, PROMPTS, r"distill\.prompts: .*prompts\.txt: Is a directory"),
         (_no_prompts, IMAGES, r"distill\.images: .*images: no such folder; it is relative to the recipe's"),
         (_no_images, IMAGES, r"distill\.images: .*images: has no image \(\.png, \.jpg, \.jpeg, \.webp\)"),
-        (_no_caption, IMAGES, r"distill\.images: .*a\.txt: no such file; paths are relative"),
+        (_images_file, IMAGES, r"distill\.images: .*images: a file; expected a folder of images"),
+        (_no_caption, IMAGES, r"distill\.images: .*a\.txt: no such file; expected the caption of a\.png"),
         (_empty_caption, IMAGES, r"distill\.images: .*a\.txt: empty; expected the caption of a\.png"),
         (_unreadable, IMAGES, r"distill\.images: .*a\.png: not a readable image"),
         (
@@ -174,6 +179,7 @@ def _large_image(folder: Path) -> None:
             r"distill\.images: .*a\.png: 16 x 24 pixels \(height x width\), and the recipe is for 16 x 16; resize",
         ),
         (_no_prompts, {"image": "x.png"}, r"distill\.image: .*x\.png: no such file; correct the path"),
+        (_no_images, {"image": "images"}, r"distill\.image: .*images: a folder; expected an image, or name it under"),
         (_cut_image, {"image": "x.png"}, r"distill\.image: .*x\.png: not a readable image"),
         (
             _large_image,

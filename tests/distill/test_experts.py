@@ -424,10 +424,11 @@ def test_a_checkpoint_of_another_recipe_is_refused(home: Path, make_recipe: Make
     work = tmp_path / "work"
     distill.train(make_recipe(), home, work=work)
     shutil.rmtree(home / "loras")
+    guidance = Distill("guidance", "a red circle", guidance=Guidance(scale=3.0))
     for changes, difference in (
         ({"learning_rate": 0.001}, r"learning_rate was 0\.0005, and is 0\.001 now"),
         ({"prompt": "a blue star"}, 'prompt was "a red circle", and is "a blue star" now'),
-        ({"method": "guidance", "guidance": Guidance(mode="none")}, 'method was "ground-truth", and is "guidance" now'),
+        ({"distill": guidance, "guidance": Guidance(mode="none")}, 'method was "ground-truth", and is "guidance" now'),
         ({"samples": 2}, "samples was 1, and is 2 now"),
         ({"height": 32}, "height was 16, and is 32 now"),
         ({"guidance": Guidance(scale=4.0)}, "guidance was .*3.0.*, and is .*4.0.* now"),
@@ -470,7 +471,15 @@ def test_an_existing_lora_is_never_overwritten_unasked(home: Path, make_recipe: 
         ({**EMBEDDED, "method": "ground-truth"}, r"^phases\[0\]\.guide: ground truth holds no guidance to learn; use"),
         (
             {**TINY, "distill": Distill("guidance", "a star", guide="tiny", guidance=Guidance("none"))},
-            r"^phases\[0\]\.guide: distill\.guidance\.mode none holds no guidance to learn; use cfg",
+            r"^distill\.guidance\.mode: none holds no guidance to learn; give the teacher's, cfg",
+        ),
+        (
+            {"method": "guidance", "guidance": Guidance("none")},
+            r"^distill\.guidance\.mode: none holds no guidance to learn; give the teacher's, cfg",
+        ),
+        (
+            {**TINY, "scales": (6.0, 9.0)},
+            r"^guidance\.scale: 5 is not among the scales that the guides would learn, distill\.scales, 6 to 9",
         ),
         (
             {**TINY, "guide": "embedding"},
@@ -500,7 +509,7 @@ def test_the_recipes_own_image_is_used(home: Path, make_recipe: MakeRecipe, tmp_
     red, _ = distill.train(make_recipe(image="red.png"), home, work=tmp_path / "red", out=tmp_path / "r")
     assert not (tmp_path / "red" / "samples.png").exists()
     Image.new("RGB", (16, 16), "blue").save(home / "red.png")
-    with pytest.raises(TrainingError, match="a checkpoint of another recipe: captions was "):
+    with pytest.raises(TrainingError, match="a checkpoint of another recipe: the captions or images were others"):
         distill.train(make_recipe(image="red.png"), home, work=tmp_path / "red", out=tmp_path / "b")
     blue, _ = distill.train(make_recipe(image="red.png"), home, work=tmp_path / "blue", out=tmp_path / "b")
     assert red.read_bytes() != blue.read_bytes()

@@ -282,6 +282,11 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(
         lora.read(path, unet_weights)
 
 
+def test_a_guide_is_no_lora(write_guide: Callable[..., Path], unet_weights: Refs, tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match=r"x\.safetensors: a guide, no LoRA; a phase names it under guide"):
+        lora.read(write_guide(tmp_path / "x.safetensors", "tiny"), unet_weights)
+
+
 def test_a_folder_is_no_lora(unet_weights: Refs, tmp_path: Path) -> None:
     with pytest.raises(LoraError, match=r"a folder; expected a \.safetensors file"):
         lora.read(tmp_path, unet_weights)

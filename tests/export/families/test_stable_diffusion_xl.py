@@ -28,7 +28,7 @@ from glance_trt import recipe, strict
 from glance_trt.build import schedules
 from glance_trt.bundle import Bundle
 from glance_trt.errors import ModelError
-from glance_trt.export import guide, large, parity
+from glance_trt.export import guide, large, lora, parity
 from glance_trt.export.families import open_model
 from glance_trt.export.families.stable_diffusion_xl import StableDiffusionXL
 from glance_trt.export.families.stable_diffusion_xl_modules import XLStep
@@ -299,7 +299,7 @@ def _write_guide(model: Path, path: Path, kind: guide.Kind) -> GuideFile:
         name: 0.3 * torch.randn(value.shape, generator=generator)
         for name, value in guide.Guide(config).state_dict().items()
     }
-    save_file(tensors, path, {guide.METADATA: json.dumps(strict.write(config))})
+    save_file(tensors, path, {lora.GUIDE: json.dumps(strict.write(config))})
     return guide.read(path, unet)
 
 
