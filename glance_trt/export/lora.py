@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PROVENANCE = "glance_trt"
 """Key of a file's metadata under which `glance-trt distill` says, as JSON, how it was made."""
 GUIDE = "glance_trt_guide"
-"""Key of a guide file's metadata, which is no LoRA, under which it says as JSON what it is made for."""
+"""Key of the metadata under which a file that is a guide, and no LoRA, says as JSON what it is made for."""
 _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 """How `struct` reads single values; bfloat16 is the upper half of float32."""
 
