@@ -1,4 +1,4 @@
-"""Homes for recipes around the tiny model, which is small enough to train in a test."""
+"""Homes for recipes around the tiny model, which is small enough to train in a test, and what such recipes train."""
 
 from __future__ import annotations
 
@@ -19,6 +19,25 @@ from glance_trt.distill.data import Examples
 from glance_trt.export.families import open_model
 from glance_trt.export.model import Model
 from glance_trt.recipe import Distill, Guidance, Lora, Phase, Recipe
+
+SLOW, FAST = Lora("slow.safetensors"), Lora("fast.safetensors")
+ON_TRAJECTORIES: dict[str, Any] = {
+    "method": "trajectory",
+    "phases": (Phase("slow", (1, 3), SLOW), Phase("fast", (5, 8), FAST)),
+    "guidance": Guidance(mode="none"),
+    "samples": 2,
+}
+EMBEDDED: dict[str, Any] = {
+    **ON_TRAJECTORIES,
+    "phases": (Phase("slow", (1, 3), SLOW, "slow.guide"), Phase("fast", (5, 8), FAST, "fast.guide")),
+    "guidance": Guidance(mode="embedded"),
+}
+TINY: dict[str, Any] = {
+    "method": "guidance",
+    "guide": "tiny",
+    "phases": (Phase("slow", (1, 3), guide="slow.guide"), Phase("fast", (5, 8), guide="fast.guide")),
+    "guidance": Guidance(mode="embedded"),
+}
 
 
 @pytest.fixture
