@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 
-from glance_trt import __version__, gpu, recipe
+from glance_trt import __version__, gpu, recipe, requirements
 from glance_trt.engines import backends, targets
 from glance_trt.engines.targets import Target
 from glance_trt.errors import TargetError
@@ -60,7 +60,7 @@ def _gpu() -> Finding:
 
 def _extra(name: str, modules: tuple[str, ...]) -> Finding:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    detail = f"missing: {', '.join(missing)}; pip install 'glance-trt[{name}]'" if missing else "installed"
+    detail = f"missing: {', '.join(missing)}; {requirements.pip_install(name)}" if missing else "installed"
     return Finding(f"extra {name}", not missing, detail)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -195,6 +194,14 @@ class Recipe:
         if not self.engines:
             raise strict.Mismatch("engines: a recipe needs at least one, such as cpu")
 
+    @property
+    def teacher_guidance(self) -> Guidance:
+        """What distillation learns from: ``distill.guidance``, or else the recipe's own, in two evaluations where that
+        is embedded."""
+        if self.distill and self.distill.guidance:
+            return self.distill.guidance
+        return self.guidance if self.guidance.mode == "none" else replace(self.guidance, mode="cfg")
+
 
 def load(path: str | Path) -> tuple[Recipe, Path]:
     """Read a recipe: a YAML file, or the name of a shipped one. Returns it with the folder its paths are relative to.
@@ -242,10 +249,9 @@ def find(name: str, kind: Literal["recipe", "target"]) -> Path:
         return shipped[name]
     if os.path.isdir(name):
         raise RecipeError(f"{name}: a folder; a {kind} is a YAML file")
-    close = difflib.get_close_matches(name, shipped, n=1, cutoff=0.75)  # by which gpu is not close to cpu
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    known = ", ".join(shipped) or "none"
-    raise RecipeError(f"{name}: no such file, and no shipped {kind} of that name ({known}){hint}")
+    text = f"{name}: no such file, and no shipped {kind} of that name ({', '.join(shipped) or 'none'})"
+    hint = strict.did_you_mean(name, shipped, cutoff=0.75)  # by which gpu is not close to cpu
+    raise RecipeError("; ".join(filter(None, (text, hint))))
 
 
 def shipped_files(kind: Literal["recipe", "target"]) -> dict[str, Path]:

@@ -23,11 +23,6 @@ class Package:
     distribution: str
     extra: str
 
-    @property
-    def install(self) -> str:
-        """The command that installs it, with what our extra has besides."""
-        return f"pip install 'glance-trt[{self.extra}]'"
-
 
 PACKAGES = {
     "tensorrt": Package("TensorRT", "tensorrt", "tensorrt", "tensorrt"),
@@ -44,6 +39,11 @@ PROVIDERS = {
 
 _AGAIN = "compile it anew on this machine: glance-trt compile BUNDLE --engine TARGET"
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs what one of our extras has."""
+    return f"pip install 'glance-trt[{extra}]'"
 
 
 def unrunnable(backend: str, requires: Mapping[str, str], device: int = 0) -> str | None:
@@ -76,7 +76,9 @@ def load(backend: str) -> ModuleType:
     try:
         return importlib.import_module(package.module)
     except ModuleNotFoundError as error:
-        raise TargetError(f"{package.title} is not installed (no module {error.name}); {package.install}") from None
+        raise TargetError(
+            f"{package.title} is not installed (no module {error.name}); {pip_install(package.extra)}"
+        ) from None
     except Exception as error:  # its loader raises whatever a missing or unfit native library makes it raise
         text = f"{package.title} cannot be loaded ({type(error).__name__}: {error})"
         raise TargetError(f"{text}; reinstall it: pip install --force-reinstall {package.distribution}") from None
@@ -137,7 +139,7 @@ def _check_gpu(requires: Mapping[str, str], device: int) -> None:
             "for a target that names this one, or on this machine"
         )
     if not is_installed("cuda.core"):
-        raise TargetError("cuda-core, which runs engines on a GPU, is not installed; pip install 'glance-trt[cuda]'")
+        raise TargetError(f"cuda-core, which runs engines on a GPU, is not installed; {pip_install('cuda')}")
 
 
 def _is_version(here: str, wanted: str) -> bool:

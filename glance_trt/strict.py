@@ -17,6 +17,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -37,8 +38,7 @@ def read(schema: type[T], value: object, path: str = "") -> T:
     fields = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     for key in value:
         if key not in fields:
-            close = difflib.get_close_matches(shown_key(key), fields, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(fields)}"
+            hint = did_you_mean(shown_key(key), fields) or f"known: {', '.join(fields)}"
             raise Mismatch(_say(_join(path, key), f"unknown key; {hint}"))
     hints = _hints(typing.cast(Any, schema))
     arguments = {}
@@ -55,6 +55,12 @@ def read(schema: type[T], value: object, path: str = "") -> T:
         if path and first and first[1] in fields:
             raise Mismatch(f"{path}.{text}") from None
         raise Mismatch(_say(path, text)) from None
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A question after the known name that is most like this one; empty where none is. cutoff: of `difflib`'s."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def write(value: object) -> Any:
@@ -102,9 +108,8 @@ def _value(kind: Any, value: object, path: str) -> Any:
         raise Mismatch(_say(path, f"expected {' or '.join(_NAMES[option] for option in options)}, got {_kind(value)}"))
     if origin is typing.Literal:
         if value not in arguments:
-            close = difflib.get_close_matches(str(value), arguments, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise Mismatch(_say(path, f"expected one of {', '.join(arguments)}; got {_kind(value)}{hint}"))
+            got = "; ".join(filter(None, (_kind(value), did_you_mean(str(value), arguments))))
+            raise Mismatch(_say(path, f"expected one of {', '.join(arguments)}; got {got}"))
         return value
     if origin is tuple:
         if not isinstance(value, list):

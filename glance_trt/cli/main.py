@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import os
@@ -12,7 +11,7 @@ from typing import TextIO
 
 import click
 
-from glance_trt import __version__
+from glance_trt import __version__, strict
 from glance_trt.errors import GlanceError, OutputError, TargetError
 
 _COMMANDS = ("schedule", "distill", "build", "compile", "generate", "inspect", "verify", "bench", "doctor")
@@ -26,8 +25,8 @@ class _Commands(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in _COMMANDS:
-            if close := difflib.get_close_matches(name, _COMMANDS, n=1):
-                raise click.UsageError(f"No such command {name!r}; did you mean {close[0]!r}?", context)
+            if hint := strict.did_you_mean(name, _COMMANDS):
+                raise click.UsageError(f"No such command {name!r}; {hint}", context)
             return None
         command: click.Command = importlib.import_module(f"glance_trt.cli.{name}").command
         return command

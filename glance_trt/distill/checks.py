@@ -19,9 +19,8 @@ def settings_of(recipe: Recipe) -> Distill:
     for key in ("height", "width"):
         if getattr(recipe, key) % SIZE_MULTIPLE:
             raise RecipeError(f"{key}: {getattr(recipe, key)} is not a multiple of {SIZE_MULTIPLE}")
-    teachers = settings.guidance or recipe.guidance
     learns_guidance = settings.method == "guidance" or any(phase.guide for phase in recipe.phases)
-    if learns_guidance and teachers.mode == "none":
+    if learns_guidance and recipe.teacher_guidance.mode == "none":
         raise RecipeError("distill.guidance.mode: none holds no guidance to learn; give the teacher's, cfg")
     for i, phase in enumerate(recipe.phases):
         if phase.guide is not None and settings.method == "ground-truth":

@@ -130,19 +130,19 @@ def _pairs(folder: Path, recipe: Recipe) -> Given:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
     if not files:
         raise RecipeError(f"distill.images: {folder}: has no image ({', '.join(_SUFFIXES)})")
-    captions = []
-    for file in files:
-        beside = file.with_suffix(".txt")
-        if not beside.exists():
-            raise RecipeError(f"distill.images: {beside}: no such file; expected the caption of {file.name}")
-        captions.append(_text(beside, "distill.images").strip())
-        if not captions[-1]:
-            raise RecipeError(f"distill.images: {beside}: empty; expected the caption of {file.name}")
-    return Given(tuple(captions), tuple(read_image(file, recipe, "distill.images") for file in files))
+    captions = tuple(_caption_of(file) for file in files)
+    return Given(captions, tuple(read_image(file, recipe, "distill.images") for file in files))
 
 
-def _text(file: Path, key: str) -> str:
+def _caption_of(image: Path) -> str:
+    """What the .txt file beside an image says."""
+    file = image.with_suffix(".txt")
     try:
-        return file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a byte order mark
+        caption = file.read_text(encoding="utf-8-sig").strip()  # Windows' editors begin a file with a byte order mark
+    except FileNotFoundError:
+        raise RecipeError(f"distill.images: {file}: no such file; expected the caption of {image.name}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{key}: {file}: not readable: {error}") from None
+        raise RecipeError(f"distill.images: {file}: not readable: {error}") from None
+    if not caption:
+        raise RecipeError(f"distill.images: {file}: empty; expected the caption of {image.name}")
+    return caption

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from glance_trt import strict
 from glance_trt.distill import files
 from glance_trt.errors import RecipeError
 from glance_trt.export.lora import PROVENANCE
@@ -34,8 +34,7 @@ def add(unet: UNet2DConditionModel, settings: Distill, seed: int) -> None:
         found = {name for name in modules if name == target or name.endswith(f".{target}")}
         if not found or not found <= layers:
             known = {_short_name(name) for name in layers}
-            close = difflib.get_close_matches(target, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+            hint = strict.did_you_mean(target, known) or f"there are {', '.join(sorted(known))}"
             raise RecipeError(
                 f"distill.targets[{i}]: {target!r} names no linear or convolution layer of the UNet; {hint}"
             )

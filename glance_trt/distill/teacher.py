@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -80,11 +79,8 @@ class Teacher:
 
 
 def open_teacher(base: Base, recipe: Recipe, scheduler_config: Mapping[str, Any]) -> Teacher:
-    """The recipe's teacher: with ``distill.guidance``, or else the recipe's own, in two evaluations where that is
-    embedded."""
-    settings = recipe.distill
-    mode: Literal["none", "cfg"] = "none" if recipe.guidance.mode == "none" else "cfg"
-    guidance = (settings and settings.guidance) or replace(recipe.guidance, mode=mode)
+    """The recipe's teacher, which guides as `Recipe.teacher_guidance` says."""
+    settings, guidance = recipe.distill, recipe.teacher_guidance
     negative = encode_captions(base, (guidance.negative_prompt,))
     precision = settings.precision if settings else "float32"
     return Teacher(base.unet, scheduler_config, recipe.teacher_steps, guidance, negative, precision)

@@ -21,7 +21,7 @@ from glance_trt.engines.precision import Counts
 from glance_trt.engines.targets import Ranges, Target
 from glance_trt.errors import OutputError, TargetError
 from glance_trt.progress import Progress, silent
-from glance_trt.requirements import PACKAGES, is_installed, load, this_platform
+from glance_trt.requirements import PACKAGES, is_installed, load, pip_install, this_platform
 from glance_trt.trust import PLAN
 from glance_trt.worker import RemoteError, Worker
 
@@ -88,7 +88,7 @@ def unavailable(target: Target) -> str | None:
     except TargetError as error:
         return str(error)
     if not is_installed("polygraphy"):
-        return f"{package.title} needs Polygraphy to build, which is not installed; {package.install}"
+        return f"{package.title} needs Polygraphy to build, which is not installed; {pip_install(package.extra)}"
     if target.backend == "tensorrt-rtx":
         known = _compilable(module)
         if unknown := [capability for capability in target.compute_capabilities if capability not in known]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glance_trt.errors import InputError, TargetError
+from glance_trt.requirements import pip_install
 from glance_trt.runtime.interchange import OnGpu
 from glance_trt.runtime.runners.device import DeviceArray, Event, Memory, NotCaptured, Spec
 
@@ -24,7 +25,6 @@ _LEGACY = 1
 """CU_STREAM_LEGACY."""
 _RELAXED = 2
 """CU_STREAM_CAPTURE_MODE_RELAXED: other threads may do as they like meanwhile."""
-INSTALL = "pip install 'glance-trt[cuda]'"
 
 
 class CudaMemory:
@@ -106,7 +106,7 @@ class Cuda:
             from cuda.core import Device, LegacyPinnedMemoryResource
         except ImportError as error:
             raise TargetError(
-                f"running on a GPU needs cuda-core, which is not installed ({error}): {INSTALL}"
+                f"running on a GPU needs cuda-core, which is not installed ({error}): {pip_install('cuda')}"
             ) from None
         self.driver = driver
         try:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glance_trt.errors import BundleError, InputError, TargetError
-from glance_trt.requirements import architecture
+from glance_trt.requirements import architecture, pip_install
 from glance_trt.runtime.chain import Call, Chained, in_turn
 
 DTYPES = {
@@ -165,7 +165,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise TargetError(f"ONNX Runtime is not installed ({error}): pip install 'glance-trt[cpu]'") from None
+        raise TargetError(f"ONNX Runtime is not installed ({error}): {pip_install('cpu')}") from None
     return onnxruntime
 
 
